@@ -1,0 +1,73 @@
+"""Trains the small teacher on easy-VQA and measures it on the package's test split.
+
+    python flows/teacher_flow.py run
+
+start -> prepare_data -> train -> evaluate -> end. The product is a model folder with its card; ``end`` prints where.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import support
+from metaflow import Config, FlowSpec, step
+
+import matvlm
+from matvlm.artifacts import Checkpoint, DataManifest
+from matvlm.data.prepare import prepare
+from matvlm.pretrain import PretrainRecipe, pretrain, write_card
+
+assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
+
+
+class TeacherFlow(FlowSpec):
+    DEFAULT_RECIPE = support.RECIPES / "teacher-easyvqa.yaml"
+    recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=PretrainRecipe))
+
+    @step
+    def start(self):
+        self.run_key, self.folder = support.open_run(self, self._recipe())
+        self.next(self.prepare_data)
+
+    @step
+    def prepare_data(self):
+        recipe = self._recipe()
+        with support.stage(self, recipe, "prepare_data") as reporter:
+            self.data = prepare(recipe.data, recipe.seed, Path(self.folder) / "data", reporter).model_dump(mode="json")
+        self.next(self.train)
+
+    @step
+    def train(self):
+        recipe = self._recipe()
+        with support.stage(self, recipe, "train") as reporter:
+            data = DataManifest.model_validate(self.data)
+            teacher = pretrain(recipe, data, Path(self.folder) / "teacher", reporter, support.device())
+        self.teacher = teacher.model_dump(mode="json")
+        self.next(self.evaluate)
+
+    @step
+    def evaluate(self):
+        from matvlm.evaluate import evaluate
+
+        recipe = self._recipe()
+        teacher, out = Checkpoint.model_validate(self.teacher), Path(self.folder) / "evaluation"
+        with support.stage(self, recipe, "evaluate") as reporter:
+            result = evaluate(teacher, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
+        write_card(Path(teacher.uri), recipe, teacher, result)
+        self.result = result.model_dump(mode="json")
+        self.next(self.end)
+
+    @step
+    def end(self):
+        tracker = support.tracker_of(self, self._recipe())
+        tracker.summary(self.result["metrics"])
+        tracker.finish("FINISHED")
+        print(f"Teacher: {self.teacher['uri']}\nScores: {self.result['metrics']}")
+
+    def _recipe(self) -> PretrainRecipe:
+        return PretrainRecipe.model_validate(self.recipe.to_dict())
+
+
+if __name__ == "__main__":
+    support.main(TeacherFlow, PretrainRecipe)

@@ -1,0 +1,301 @@
+"""The recipe: everything that decides a run, in one frozen, strictly checked value.
+
+A recipe is a YAML file under ``flows/recipes``. ``load_recipe`` reads one, applies ``field.path=value`` overrides and
+returns a ``Recipe``; whatever is wrong with it comes back as one ``RecipeError`` that names the file, the field and what
+was expected. Lengths are in tokens, sizes in samples, and ``updates`` are optimiser updates, never micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+LayerRule = Literal["even", "paper", "first", "middle", "last"]
+InitName = Literal["aligned", "paper", "random"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: the message names the file, each wrong field and what is expected there."""
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are refused, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Teacher(Section):
+    """The pre-trained VLM to convert."""
+
+    model: str = "package://easyvqa-teacher"
+    """``package://NAME`` (shipped with matvlm), a Hugging Face hub id, a local folder or ``s3://``."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class Data(Section):
+    """Where training samples come from and which are kept."""
+
+    source: Literal["easyvqa", "llava"] = "easyvqa"
+    path: str | None = None
+    """``llava`` only: a JSON or JSONL file of LLaVA-format conversations."""
+    image_folder: str | None = None
+    """``llava`` only: the folder that the ``image`` fields of ``path`` are relative to."""
+    max_samples: Count | None = None
+    """Take at most this many conversations, drawn with ``seed``; null takes all."""
+    max_turns: Count | None = None
+    """Split longer conversations into samples of at most this many question-answer turns; null keeps them whole."""
+    max_length: Count = 2048
+    """Longest sample in tokens, image tokens included; longer ones are cut at a turn's end."""
+    max_bad_share: Share = 0.01
+    """Refuse the data when more than this share of it is unusable (broken image, malformed entry)."""
+
+    @model_validator(mode="after")
+    def _paths_fit_source(self) -> Data:
+        if self.source == "llava" and not self.path:
+            raise ValueError("source 'llava' needs path: a JSON or JSONL file of conversations")
+        if self.source == "easyvqa" and (self.path or self.image_folder):
+            raise ValueError("source 'easyvqa' ships with its package: remove path and image_folder")
+        return self
+
+
+class Hybrid(Section):
+    """Which attention layers become Mamba-2 and how the mixers start (PAPER: layers, initialisation)."""
+
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
+    """Share of decoder layers to replace. At least one layer stays attention."""
+    layers: LayerRule | list[Annotated[int, Field(ge=0)]] = "even"
+    """A rule, or the explicit layer numbers (then ``ratio`` is ignored)."""
+    init: InitName = "aligned"
+    compare_inits: list[InitName] = []
+    """Further initialisations distilled with the same budget and evaluated beside ``init``."""
+    kernels: Literal["auto", "torch", "mamba_ssm"] = "auto"
+    chunk_size: Count = 64
+    """Tokens per chunk of the chunked SSD scan."""
+
+    @model_validator(mode="after")
+    def _comparisons_differ(self) -> Hybrid:
+        if self.init in self.compare_inits or len(set(self.compare_inits)) < len(self.compare_inits):
+            raise ValueError(f"compare_inits must list initialisations other than init={self.init!r}, each once")
+        return self
+
+    @property
+    def variants(self) -> list[InitName]:
+        """Every initialisation to distil, the recipe's own first."""
+        return [self.init, *self.compare_inits]
+
+
+class Targets(Section):
+    """The sparse teacher targets on disk."""
+
+    top_k: Annotated[int, Field(gt=0, le=1024)] = 32
+    shards: Count = 2
+    batch_size: Count = 32
+
+
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 2.0e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Weight = 0.01
+    """Applied to matrices only; 1-D parameters have none."""
+    clip_grad_norm: Annotated[float, Field(gt=0.0)] = 0.1
+
+
+class Schedule(Section):
+    """Warmup-stable-decay: linear up, constant, linear down to ``final_lr_share``."""
+
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    decay_updates: Annotated[int, Field(ge=0)] = 0
+    final_lr_share: Share = 0.0
+
+
+class Loss(Section):
+    """``L = prob * KL(teacher || student) + layer * L_layer + ce * CE(labels)`` (PAPER, "Loss")."""
+
+    prob: Weight = 1.0
+    layer: Weight = 1.0
+    ce: Weight = 0.0
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    layer_inputs: Literal["teacher_forced", "student_forced"] = "teacher_forced"
+    """``teacher_forced`` feeds each mixer the teacher's hidden states (the paper); ``student_forced`` the student's."""
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Loss:
+        if self.prob == self.layer == self.ce == 0:
+            raise ValueError("at least one of prob, layer and ce must be above 0")
+        return self
+
+
+class DeepSpeed(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False
+
+
+class Distill(Section):
+    """One distillation run; trains the mixers and the connector, all else is frozen."""
+
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """``auto`` takes DeepSpeed where it is installed and a GPU is present, plain torch elsewhere."""
+    batch_size: Count = 64
+    """Samples per optimiser update, over all GPUs and accumulation steps."""
+    micro_batch_size: Count = 16
+    """Samples per forward pass on one device."""
+    epochs: Count = 1
+    max_updates: Count | None = None
+    """Stop after this many optimiser updates, whatever ``epochs`` says."""
+    train_connector: bool = True
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    deepspeed: DeepSpeed = DeepSpeed()
+    autocast: Literal["off", "bfloat16"] = "off"
+    checkpoint_every_updates: Count = 100
+    keep_checkpoints: Count = 2
+    log_every_updates: Count = 10
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Distill:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class Evaluate(Section):
+    tasks: list[str] = ["easyvqa"]
+    limit: Count | None = None
+    """Evaluate only the first this many questions of each task; null takes all."""
+    limit_comparisons: Count | None = None
+    """The same for the models beside teacher and student (straight after initialisation, ``compare_inits``)."""
+    batch_size: Count = 64
+    samples_shown: Count = 16
+    """Questions with image and both answers shown in the card and in MLflow."""
+
+
+class Profile(Section):
+    """Teacher and student on one stack, interleaved, in one process."""
+
+    contexts: list[Count] = [256, 1024, 2048]
+    """Tokens already in the cache when decoding starts."""
+    new_tokens: Count = 16
+    batch_size: Count = 1
+    repeats: Count = 3
+
+
+class Tracking(Section):
+    experiment: str = "matvlm"
+    model_name: Annotated[str, Field(pattern=r"^[^./:%\"']+$")] = "matvlm"
+    """Registered model name; MLflow refuses ``. / : %`` and quotes in it."""
+
+
+class Resources(Section):
+    """Per step; ignored by local runs except ``cpu``, the number of torch threads of a step."""
+
+    cpu: Count = 1
+    memory_mb: Count = 4096
+    gpu: Annotated[int, Field(ge=0)] = 0
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: Teacher = Teacher()
+    data: Data = Data()
+    hybrid: Hybrid = Hybrid()
+    targets: Targets = Targets()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    profile: Profile = Profile()
+    tracking: Tracking = Tracking()
+    resources: Resources = Resources()
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def parse_recipe(
+    text: str, source: str = "recipe", overrides: Iterable[str] = (), kind: type[Kind] = Recipe
+) -> Kind:
+    """Parse the YAML (or JSON) ``text`` of a recipe.
+
+    Args:
+        text: the recipe file's content.
+        source: the name used in error messages, normally the file's path.
+        overrides: ``"distill.optimizer.lr=1e-4"`` strings, applied before checking; values are read as YAML.
+        kind: the model to check against; another flow may have its own.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, an unknown key, a wrong type or an impossible combination.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{source}: expected a mapping of recipe sections at the top, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override, source)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_describe(error, source)) from None
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check the recipe file at ``path``; see ``parse_recipe``.
+
+    Raises:
+        RecipeError: the file cannot be read, or ``parse_recipe`` refuses it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    return parse_recipe(text, source=str(path), overrides=overrides)
+
+
+def _apply_override(raw: dict[str, Any], override: str, source: str) -> None:
+    name, separator, value = override.partition("=")
+    if not separator or not name.strip():
+        raise RecipeError(f"{source}: override {override!r} is not of the form field.path=value")
+    *parents, leaf = name.strip().split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"{source}: override {override!r}: {parent!r} is not a section")
+    section[leaf] = _yaml_value(value)
+
+
+def _yaml_value(text: str) -> Any:
+    """A YAML scalar or flow value; also reads ``1e-4``, which YAML 1.1 takes for a string."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "literal[")))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key"
+        elif problem["type"] not in ("value_error", "missing"):
+            message += f" (got {problem['input']!r})"
+        lines.append(f"{source}: {field or 'recipe'}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Question-answer turns and an image -> token ids, labels and pixels, through the model's own processor and chat template.
+
+A conversation is cut into segments: the prompt up to the assistant's first word, the first answer with its end mark, the
+next prompt, and so on. Each segment is tokenised by itself, so the tokens before an answer are the same in training, in
+teacher targets and in generation, whatever the tokenizer merges. Labels are the answers; everything else is ``IGNORE``.
+
+Shapes: B samples, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded conversation: ``input_ids`` and ``labels`` int64 [L], ``image_inputs`` as the processor returns them."""
+
+    id: str
+    input_ids: Tensor
+    labels: Tensor
+    image_inputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples. ``inputs`` goes to the model as it is; ``labels`` int64 [B, L]."""
+
+    ids: list[str]
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [B, L]: positions whose next token is an answer token, that is where a loss is taken."""
+        kept = torch.zeros_like(self.labels, dtype=torch.bool)
+        kept[:, :-1] = self.labels[:, 1:] != IGNORE
+        return kept
+
+    def to(self, device: torch.device | str) -> Batch:
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
+
+
+class Encoder:
+    """Encodes conversations about one image with a Hugging Face ``processor`` that has a chat template."""
+
+    def __init__(self, processor: Any, max_length: int = 2048):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.max_length = max_length
+        self._segments = lru_cache(maxsize=100_000)(self._split)
+
+    def prompt(self, question: str) -> str:
+        """The text that asks ``question`` about an image, ready for the processor and for generation."""
+        return self._render([_user(question, with_image=True)], generate=True)
+
+    def encode(self, id: str, image: Image.Image, turns: Sequence[Turn]) -> Sample:
+        """One training sample. Turns that do not fit into ``max_length`` tokens are dropped, last ones first.
+
+        Raises:
+            ValueError: no turn fits, or the chat template rewrites earlier turns when later ones are added.
+        """
+        first_prompt, segments = self._segments(tuple(turns))
+        encoded = self.processor(text=[first_prompt], images=[image], return_tensors="pt", add_special_tokens=False)
+        ids = encoded.pop("input_ids")[0].tolist()
+        encoded.pop("attention_mask", None)
+        labels = [IGNORE] * len(ids)
+        for number, (prompt, answer) in enumerate(segments):
+            if len(ids) + len(prompt) + len(answer) > self.max_length:
+                if number == 0:
+                    raise ValueError(f"sample {id}: its first turn needs more than max_length={self.max_length} tokens")
+                break
+            ids += prompt + answer
+            labels += [IGNORE] * len(prompt) + answer
+        return Sample(id, torch.tensor(ids), torch.tensor(labels), dict(encoded))
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Right-pad ``samples`` to the longest and stack their image inputs."""
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [sample.input_ids for sample in samples], batch_first=True, padding_value=self.tokenizer.pad_token_id
+        )
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [sample.labels for sample in samples], batch_first=True, padding_value=IGNORE
+        )
+        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        images = {name: torch.cat([s.image_inputs[name] for s in samples]) for name in samples[0].image_inputs}
+        return Batch([s.id for s in samples], {"input_ids": ids, "attention_mask": mask, **images}, labels)
+
+    def _split(self, turns: tuple[Turn, ...]) -> tuple[str, list[tuple[list[int], list[int]]]]:
+        """The first prompt as text, and per turn the token ids of (prompt after the first, answer)."""
+        messages: list[dict[str, Any]] = []
+        first_prompt, done, segments = "", "", []
+        for turn in turns:
+            messages.append(_user(turn.question, with_image=not messages))
+            prompt = self._render(messages, generate=True)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+            full = self._render(messages, generate=False)
+            if not (prompt.startswith(done) and full.startswith(prompt)):
+                raise ValueError("the chat template rewrites earlier turns: it cannot be used for multi-turn samples")
+            first_prompt = first_prompt or prompt
+            segments.append((self._tokenize(prompt[len(done) :]) if done else [], self._tokenize(full[len(prompt) :])))
+            done = full
+        return first_prompt, segments
+
+    def _render(self, messages: list[dict[str, Any]], generate: bool) -> str:
+        return self.processor.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _user(question: str, with_image: bool) -> dict[str, Any]:
+    image = [{"type": "image"}] if with_image else []
+    return {"role": "user", "content": [*image, {"type": "text", "text": question}]}

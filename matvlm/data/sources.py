@@ -1,0 +1,147 @@
+"""Where conversations come from: the easy-VQA package, or a LLaVA-format JSON / JSONL file with images in a folder.
+
+A source is a list of ``Entry`` functions. Calling one returns a ``Row`` (id, image, turns) or raises ``BadSample``, so that
+one broken image or malformed entry can be counted and skipped without touching the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+from PIL import Image
+
+from matvlm.config import Data
+
+IMAGE_MARK = "<image>"
+
+
+class DataError(ValueError):
+    """Data that cannot be used at all; the message names the file and what to do."""
+
+
+class BadSample(ValueError):
+    """One unusable sample. ``reason`` is a short, countable phrase; the message names the sample."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class StoredImage(TypedDict):
+    """An image as the ``datasets`` Image feature stores it: encoded ``bytes``, or the ``path`` of a file."""
+
+    bytes: bytes | None
+    path: str | None
+
+
+class Row(TypedDict):
+    id: str
+    image: StoredImage
+    turns: list[dict[str, str]]
+
+
+Entry = Callable[[], Row]
+
+
+def entries(data: Data) -> list[Entry]:
+    """Every sample of the recipe's source, in the source's order.
+
+    Raises:
+        DataError: the file is missing, is not JSON, or holds no list of samples.
+    """
+    return _easyvqa() if data.source == "easyvqa" else _llava(Path(data.path or ""), data.image_folder)
+
+
+def _easyvqa() -> list[Entry]:
+    """One entry per training image, with all its questions as turns (4,000 images, 38,575 questions)."""
+    import easy_vqa
+
+    turns: dict[int, list[dict[str, str]]] = defaultdict(list)
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        turns[image].append({"question": question, "answer": answer})
+    paths = easy_vqa.get_train_image_paths()
+    return [partial(_easyvqa_row, image, Path(paths[image]), turns[image]) for image in sorted(turns)]
+
+
+def _easyvqa_row(image: int, path: Path, turns: list[dict[str, str]]) -> Row:
+    id = f"easyvqa-{image}"
+    return {"id": id, "image": {"bytes": _checked_image(path, id), "path": None}, "turns": turns}
+
+
+def _llava(path: Path, image_folder: str | None) -> list[Entry]:
+    folder = Path(image_folder) if image_folder else path.parent
+    return [partial(_llava_row, number, raw, path, folder) for number, raw in enumerate(_read_json(path))]
+
+
+def _read_json(path: Path) -> list[Any]:
+    """The samples of a JSON list or of a JSONL file, where a malformed line becomes a sample that is refused later."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read the conversations (data.path): {error}") from None
+    if path.suffix == ".jsonl":
+        return [_parse_line(line) for line in text.splitlines() if line.strip()]
+    try:
+        samples = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(samples, list):
+        raise DataError(f"{path}: expected a list of samples at the top, got {type(samples).__name__}")
+    return samples
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return error
+
+
+def _llava_row(number: int, raw: Any, path: Path, folder: Path) -> Row:
+    where = f"{path.name}, sample {number}"
+    if isinstance(raw, json.JSONDecodeError):
+        raise BadSample("malformed JSON", f"{where}: {raw.msg} at column {raw.colno}")
+    if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
+        raise BadSample("malformed entry", f"{where}: expected an object with a list 'conversations'")
+    if not isinstance(raw.get("image"), str):
+        raise BadSample("no image", f"{where}: field 'image' is absent")
+    id = f"{raw.get('id', 'sample')}-{number}"
+    image = folder / raw["image"]
+    _checked_image(image, where)
+    return {"id": id, "image": {"bytes": None, "path": str(image.resolve())}, "turns": _turns(raw, where)}
+
+
+def _turns(raw: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """LLaVA's alternating human / gpt messages as turns, without the image mark (the chat template places the image)."""
+    messages = raw["conversations"]
+    speakers = [message.get("from") if isinstance(message, dict) else None for message in messages]
+    if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
+        raise BadSample("malformed entry", f"{where}: conversations must alternate human, gpt")
+    values = [message.get("value") for message in messages]
+    if not all(isinstance(value, str) for value in values):
+        raise BadSample("malformed entry", f"{where}: every message needs a text 'value'")
+    if sum(value.count(IMAGE_MARK) for value in values) > 1:
+        raise BadSample("several images", f"{where}: one {IMAGE_MARK} a conversation is supported")
+    texts = [re.sub(rf"\s*{IMAGE_MARK}\s*", "", value).strip() for value in values]
+    return [{"question": q, "answer": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _checked_image(path: Path, where: str) -> bytes:
+    """The file's bytes, after decoding it once to be sure that it is a whole image."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise BadSample("missing image", f"{where}: {path} cannot be read") from None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample("broken image", f"{where}: {path}: {error}") from None
+    return content

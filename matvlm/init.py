@@ -1,0 +1,218 @@
+"""How a Mamba-2 mixer starts from the attention it replaces.
+
+Each initialisation is a function (attention, layer number, random generator) -> new mixer that leaves the attention as
+it is. With one key and query per token, linear attention is a scan without decay: ``h[t] = h[t-1] + v[t] k[t]^T``,
+``out[t] = h[t] q[t]``. Hence v -> x, k -> B, q -> C, and the output projection stays what it is (arXiv 2503.13440).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matvlm.models.hybrid import replace_
+from matvlm.models.mixer import Mamba2Mixer, MixerOptions, inverse_softplus
+
+log = logging.getLogger(__name__)
+
+GATE_OF_ONE = 1.2784645427610738
+"""z with silu(z) = 1."""
+HORIZONS = (4.0, 256.0)
+"""Tokens after which the fastest and the slowest head of ``aligned`` have forgotten all but 1/e."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """An attention's weights [out, in] and biases [out] or None; q has H heads, k and v have KV, of width P."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    head_dim: int
+
+    def options(self, chunk_size: int) -> MixerOptions:
+        """Those of a plain Mamba-2 mixer with this attention's widths, and with biases where the attention has any."""
+        return MixerOptions(
+            hidden_size=self.q.shape[1],
+            num_heads=self.q.shape[0] // self.head_dim,
+            num_kv_heads=self.k.shape[0] // self.head_dim,
+            head_dim=self.head_dim,
+            in_bias=any(bias is not None for bias in (self.q_bias, self.k_bias, self.v_bias)),
+            out_bias=self.o_bias is not None,
+            chunk_size=chunk_size,
+        )
+
+
+def read_attention(attention: nn.Module) -> Projections:
+    """The projections of ``attention``: q/k/v_proj or a fused qkv_proj, and o_proj or dense.
+
+    Raises:
+        ValueError: it has none of these, or its head width is not known.
+    """
+    head_dim = getattr(attention, "head_dim", None)
+    out: Any = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
+    fused: Any = getattr(attention, "qkv_proj", None)
+    parts: list[Any] = [getattr(attention, f"{name}_proj", None) for name in "qkv"]
+    if head_dim is None or out is None or (fused is None and None in parts):
+        raise ValueError(
+            f"{type(attention).__name__}: unknown attention; expected head_dim, q_proj, k_proj, v_proj (or qkv_proj) "
+            "and o_proj (or dense)"
+        )
+    if fused is not None:
+        inner = out.weight.shape[1]
+        kv = (fused.weight.shape[0] - inner) // 2
+        weights = list(fused.weight.split([inner, kv, kv]))
+        biases = [None] * 3 if fused.bias is None else list(fused.bias.split([inner, kv, kv]))
+    else:
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+    lost = [name for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") if hasattr(attention, name)]
+    if lost:
+        log.warning("%s: the mixer has no place for %s", type(attention).__name__, ", ".join(lost))
+    (q, k, v), (q_bias, k_bias, v_bias) = weights, biases
+    return Projections(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias, head_dim)
+
+
+def random(attention: nn.Module, layer_idx: int, generator: torch.Generator, chunk_size: int = 64) -> Mamba2Mixer:
+    """Mamba-2's own random initialisation throughout; nothing but the widths comes from ``attention``."""
+    return _new_mixer(read_attention(attention).options(chunk_size), layer_idx, generator, like=attention)
+
+
+@torch.no_grad()
+def paper(attention: nn.Module, layer_idx: int, generator: torch.Generator, chunk_size: int = 64) -> Mamba2Mixer:
+    """The paper's: ``x <- v, B <- k, C <- q, out <- o``, weights and biases; z, dt, A, D, conv and norm stay random.
+
+    The released code drops the biases of q, k, v and o; here they are copied too.
+    """
+    source = read_attention(attention)
+    mixer = _new_mixer(source.options(chunk_size), layer_idx, generator, like=attention)
+    _copy_projections(source, mixer)
+    return mixer
+
+
+@torch.no_grad()
+def aligned(attention: nn.Module, layer_idx: int, generator: torch.Generator, chunk_size: int = 64) -> Mamba2Mixer:
+    """``paper``, with every other part set so that the mixer starts as rotary linear attention with a fading memory:
+
+        conv = identity, without SiLU           z: weight 0, bias such that silu(z) = 1          D = 0
+        A = -1, dt: weight and bias 0, dt_bias = softplus^-1(1 / h)     one horizon h per head, log-spaced 4 ... 256
+        C, B <- rotary(C), rotary(B)            x <- x / softplus(dt), so that a slow decay does not shrink the input
+
+        =>  y[t] = sum over s <= t of exp(-(t - s) / h) * (rotary(q[t]) . rotary(k[s])) * v[s]
+
+    Attention's ``1 / sqrt(P)`` and the sum's size do not matter: the norm of each head after the scan removes them. All
+    of it stays trainable. Nothing is drawn at random.
+
+    Raises:
+        ValueError: the attention rotates q and k in another way than in halves.
+    """
+    source = read_attention(attention)
+    rotary = _rotates_halves(attention)
+    options = replace(source.options(chunk_size), in_bias=True, conv_silu=False, rotary=rotary, scale_input_by_dt=False)
+    mixer = _new_mixer(options, layer_idx, generator, like=attention)
+    for name in ("in_proj.weight", "in_proj.bias", "conv_weight", "conv_bias", "A_log", "D"):
+        mixer.get_parameter(name).zero_()
+    _copy_projections(source, mixer)
+    mixer.in_proj.bias[: mixer.gate_size] = GATE_OF_ONE
+    mixer.conv_weight[:, -1] = 1.0
+    first, last = (math.log2(horizon) for horizon in HORIZONS)
+    horizons = torch.logspace(first, last, options.num_heads, base=2.0)
+    mixer.dt_bias.copy_(inverse_softplus(1.0 / horizons))
+    return mixer
+
+
+INITS: dict[str, Callable[..., Mamba2Mixer]] = {"aligned": aligned, "paper": paper, "random": random}
+
+
+def convert_(
+    model: PreTrainedModel,
+    layers: Iterable[int],
+    init: str,
+    seed: int = 0,
+    chunk_size: int = 64,
+    kernels: str = "auto",
+) -> dict[int, nn.Module]:
+    """Turn ``model`` into a hybrid, in place: a mixer in the place of the attention of each of ``layers``.
+
+    A layer's random draws depend on ``seed`` and the layer's number only, not on which other layers are replaced. The
+    mixers take dtype and device of the attentions and are trainable.
+
+    Args:
+        model: a VLM or text-only model with attention in all of its decoder layers.
+        layers: see ``matvlm.models.layers.choose_layers``.
+        init: a key of ``INITS``.
+        chunk_size: most tokens per chunk of the scan.
+        kernels: see ``matvlm.kernels.resolve_backend``.
+
+    Returns:
+        The original attentions by layer number, untouched: the teacher's part in a layer loss.
+
+    Raises:
+        ValueError: an unknown ``init``, layers that cannot be replaced, or an attention of an unknown form.
+    """
+    if init not in INITS:
+        raise ValueError(f"init {init!r} is not one of {', '.join(INITS)}")
+
+    def make(attention: nn.Module, layer_idx: int) -> Mamba2Mixer:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer_idx)
+        mixer = INITS[init](attention, layer_idx, generator, chunk_size)
+        mixer.kernels = kernels
+        return mixer.train(model.training)
+
+    return replace_(model, layers, make, init)
+
+
+def _new_mixer(options: MixerOptions, layer_idx: int, generator: torch.Generator, like: nn.Module) -> Mamba2Mixer:
+    """A randomly initialised mixer with the dtype and device of ``like``; the draws are made in float32 on the CPU."""
+    weight = next(like.parameters())
+    with torch.device("meta" if weight.is_meta else "cpu"):
+        mixer = Mamba2Mixer(options, layer_idx, generator=generator)
+    return mixer.to(dtype=weight.dtype, device=weight.device)
+
+
+def _copy_projections(source: Projections, mixer: Mamba2Mixer) -> None:
+    rows = in_proj_rows(mixer)
+    for part, weight, bias in (
+        ("x", source.v, source.v_bias),
+        ("B", source.k, source.k_bias),
+        ("C", source.q, source.q_bias),
+    ):
+        mixer.in_proj.weight[rows[part]] = weight
+        if mixer.in_proj.bias is not None:
+            mixer.in_proj.bias[rows[part]] = 0.0 if bias is None else bias
+    mixer.out_proj.weight.copy_(source.o)
+    if source.o_bias is not None:
+        mixer.out_proj.bias.copy_(source.o_bias)
+
+
+def in_proj_rows(mixer: Mamba2Mixer) -> dict[str, slice]:
+    """Where each of z, x, B, C and dt is among the outputs of ``mixer.in_proj``."""
+    sizes = [mixer.gate_size, *mixer.split_sizes, mixer.options.num_heads]
+    ends = list(accumulate(sizes))
+    return {
+        name: slice(end - size, end) for name, size, end in zip(("z", "x", "B", "C", "dt"), sizes, ends, strict=True)
+    }
+
+
+def _rotates_halves(attention: nn.Module) -> bool:
+    """Whether ``attention`` has rotary embeddings; raises if they do not pair the first half with the second."""
+    family: Any = sys.modules[type(attention).__module__]
+    if getattr(attention, "use_rope", True) is False or not hasattr(family, "apply_rotary_pos_emb"):
+        return False
+    turned = family.rotate_half(torch.arange(4.0)) if hasattr(family, "rotate_half") else None
+    if turned is None or turned.tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        raise ValueError(f"{type(attention).__name__}: init aligned does not know its rotary embedding: use init paper")
+    return True

@@ -1,0 +1,161 @@
+"""Files and folders by URI, a local path or ``s3://bucket/key``: whole, or not there at all.
+
+How that is kept locally is in ``atomic``, how on S3 in ``s3``. ``atomic_path`` and ``atomic_folder`` are for stages
+that write local files with a library of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from matvlm.storage import s3
+from matvlm.storage.atomic import UNFINISHED, StorageError, atomic_folder, atomic_path, hidden_folder
+
+__all__ = [
+    "StorageError",
+    "atomic_folder",
+    "atomic_path",
+    "exists",
+    "join",
+    "list_files",
+    "local_copy",
+    "put",
+    "read_bytes",
+    "read_json",
+    "remove",
+    "sha256_file",
+    "write_bytes",
+    "write_json",
+]
+
+Uri = str | os.PathLike[str]
+
+
+def join(uri: Uri, *parts: str) -> str:
+    """``uri`` with ``parts`` appended, each after one ``/``."""
+    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(uri: Uri) -> bool:
+    """Whether a file or folder is at ``uri``; on S3 a folder is there as soon as one object is in it."""
+    remote = _s3_uri(uri)
+    return bool(s3.objects(remote)) if remote else _local(uri).exists()
+
+
+def list_files(uri: Uri) -> list[str]:
+    """Every finished file below the folder ``uri``, as sorted names relative to it; none if there is no folder."""
+    if remote := _s3_uri(uri):
+        return sorted(name for name in s3.objects(remote) if name)
+    folder = _local(uri)
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in names if not any(UNFINISHED in part for part in name.parts))
+
+
+def read_bytes(uri: Uri) -> bytes:
+    """The content of a file.
+
+    Raises:
+        StorageError: it is missing or cannot be read.
+    """
+    if remote := _s3_uri(uri):
+        return s3.read(remote)
+    try:
+        return _local(uri).read_bytes()
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot read: {error.strerror or error}") from error
+
+
+def read_json(uri: Uri) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        StorageError: it is missing, cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri}: not valid JSON: {error}") from error
+
+
+def write_bytes(uri: Uri, content: bytes) -> None:
+    """Make ``content`` the file at ``uri``, in place of what is there.
+
+    Raises:
+        StorageError: it cannot be written; what was there before is still there.
+    """
+    if remote := _s3_uri(uri):
+        s3.write(remote, content)
+        return
+    with atomic_path(_local(uri)) as path:
+        path.write_bytes(content)
+
+
+def write_json(uri: Uri, value: Any) -> None:
+    """Write ``value`` as indented JSON; see ``write_bytes``."""
+    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def put(source: Path, uri: Uri) -> None:
+    """Copy a local file or folder to ``uri``, in place of what is there.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if remote := _s3_uri(uri):
+        s3.upload(source, remote)
+        return
+    with atomic_path(_local(uri)) as path:
+        if source.is_dir():
+            shutil.copytree(source, path)
+        else:
+            shutil.copyfile(source, path)
+
+
+def local_copy(uri: Uri) -> Path:
+    """A local path to read the file or folder ``uri`` from: itself, or for S3 a cached download (see ``s3.download``).
+
+    Raises:
+        StorageError: nothing is at ``uri``, or it cannot be fetched.
+    """
+    if remote := _s3_uri(uri):
+        return s3.download(remote)
+    path = _local(uri)
+    if not path.exists():
+        raise StorageError(f"{uri}: no such file or folder")
+    return path
+
+
+def remove(uri: Uri) -> None:
+    """Remove a file or folder; locally its readers see all of it or nothing. Fine if nothing is there."""
+    if remote := _s3_uri(uri):
+        s3.remove(remote)
+        return
+    path = _local(uri)
+    if path.exists():
+        with hidden_folder(path) as folder:
+            os.replace(path, folder / path.name)
+
+
+def sha256_file(path: Uri) -> str:
+    """Hexadecimal sha256 of a local file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _s3_uri(uri: Uri) -> str | None:
+    text = os.fspath(uri)
+    if isinstance(uri, os.PathLike) and text.startswith("s3:/"):
+        raise StorageError(f"{text}: a Path drops a slash of s3://; pass the URI as text")
+    return text if text.startswith("s3://") else None
+
+
+def _local(uri: Uri) -> Path:
+    text = os.fspath(uri)
+    if "://" in text:
+        raise StorageError(f"{text}: neither a local path nor s3://bucket/key")
+    return Path(text)

@@ -1,0 +1,31 @@
+"""The sparse teacher targets: computed once per data set, stored in shards, looked up by sample id while training.
+
+A position keeps the teacher's top-k token ids, their log-probabilities and the log of all remaining mass as one tail
+bucket: 130 bytes at k = 32 with ids below 65536. The temperature is applied before the split, because a tail bucket
+cannot be given another one later; so it belongs to the store's identity, like everything else that decides the content.
+
+A store is a folder (local or ``s3://``): ``shard-I-of-N.safetensors`` with its checksum in ``shard-I-of-N.json``,
+written in that order, and ``manifest.json`` once all shards are there. Data without its checksum file is not believed.
+
+Shapes: P positions of all samples asked for, V vocabulary, k kept tokens a position.
+"""
+
+from matvlm.targets.compute import batch_targets, compute_shard, shard_rows
+from matvlm.targets.identity import Identity, TargetError
+from matvlm.targets.shards import SampleTargets, Shard, write_shard
+from matvlm.targets.store import StoreManifest, TargetReader, join_shards, open_targets
+
+__all__ = [
+    "Identity",
+    "SampleTargets",
+    "Shard",
+    "StoreManifest",
+    "TargetError",
+    "TargetReader",
+    "batch_targets",
+    "compute_shard",
+    "join_shards",
+    "open_targets",
+    "shard_rows",
+    "write_shard",
+]

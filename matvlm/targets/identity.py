@@ -1,0 +1,73 @@
+"""What decides the content of a target store, as one comparable value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from matvlm.artifacts import Artifact, DataManifest
+from matvlm.config import Recipe
+
+
+class TargetError(ValueError):
+    """A target store that cannot be used: the message names the store, the shard or field, and what to do."""
+
+
+class Identity(Artifact):
+    """Everything that decides the content of a store; two stores are the same exactly when all fields are equal."""
+
+    teacher: str
+    """``teacher.fingerprint`` of the weights."""
+    data: str
+    """``DataManifest.fingerprint``."""
+    template: str
+    """sha256 over chat template, vocabulary and image settings of the processor."""
+    max_length: int
+    max_turns: int | None
+    top_k: int
+    temperature: float
+    positions: Literal["answer"] = "answer"
+    scheme: Literal["topk_tail"] = "topk_tail"
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: DataManifest, processor: Any, teacher: str) -> Identity:
+        """The identity of the store that ``recipe`` needs; ``teacher`` is the fingerprint of its weights."""
+        return cls(
+            teacher=teacher,
+            data=data.fingerprint,
+            template=_template_hash(processor),
+            max_length=recipe.data.max_length,
+            max_turns=recipe.data.max_turns,
+            top_k=recipe.targets.top_k,
+            temperature=recipe.distill.loss.temperature,
+        )
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def differences(self, run: Identity) -> str:
+        """``field: store has X, run has Y`` for every field in which this store's identity differs from ``run``'s."""
+        store = self.model_dump()
+        return "; ".join(
+            f"{field}: store has {store[field]!r}, run has {value!r}"
+            for field, value in run.model_dump().items()
+            if store[field] != value
+        )
+
+
+def refuse_other(store: Identity, run: Identity, where: str) -> None:
+    """Raise a ``TargetError`` that names every differing field unless both are equal; ``where`` is the store's."""
+    if store != run:
+        raise TargetError(
+            f"{where}: targets of something else ({store.differences(run)}); use another folder or remove this one"
+        )
+
+
+def _template_hash(processor: Any) -> str:
+    """Covers what decides token ids and pixels; not which implementation of the image processor is installed."""
+    images = {k: v for k, v in processor.image_processor.to_dict().items() if not k.endswith(("_type", "_class"))}
+    own = {k: v for k, v in vars(processor).items() if isinstance(v, str | int | float | dict)}
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([images, own, vocabulary], sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,18 @@
+"""Experiment tracking: MLflow behind a local journal, so that nothing is lost and no run is stopped by it."""
+
+from matvlm.tracking.delivery import sync
+from matvlm.tracking.environment import environment, flatten
+from matvlm.tracking.registry import resolve_checkpoint
+from matvlm.tracking.store import TrackingError, tracking_uri
+from matvlm.tracking.tracker import StepRun, Tracker
+
+__all__ = [
+    "StepRun",
+    "Tracker",
+    "TrackingError",
+    "environment",
+    "flatten",
+    "resolve_checkpoint",
+    "sync",
+    "tracking_uri",
+]

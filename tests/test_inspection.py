@@ -1,0 +1,224 @@
+"""``inspect``: what it says of a model that does not exist is what the real model turns out to be."""
+
+import http.server
+import re
+import threading
+from pathlib import Path
+
+import easy_vqa
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import DynamicCache
+from transformers.activations import ACT2FN
+
+from matvlm.config import Teacher, load_recipe, parse_recipe
+from matvlm.init import convert_
+from matvlm.inspection import count_samples, describe, kv_bytes, saved_bytes_per_token, skeleton, state_bytes
+from matvlm.models import hybrid
+from matvlm.models.small import SmallVLM, build_model, build_tokenizer
+from matvlm.profiling import cache_bytes
+
+RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
+SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("teacher-*")))
+SIZES = SmallVLM(vision_hidden=32, vision_layers=1, vision_mlp=32, hidden=32, layers=4, mlp=64)
+LAYERS = [0, 2]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return build_model(SIZES, build_tokenizer(["what shape is in the image"]))
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    """A teacher of which only the config is there."""
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher.config.architectures = [type(teacher).__name__]
+    teacher.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def student(teacher):
+    student = build_model(SIZES, build_tokenizer(["what shape is in the image"]))
+    convert_(student, LAYERS, "aligned")
+    return student
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def recipe(model, *overrides):
+    return parse_recipe("name: test", overrides=[f"teacher.model={model}", f"hybrid.layers={LAYERS}", *overrides])
+
+
+def row(text, name):
+    """The numbers of the table row that starts with ``name``."""
+    line = next(line for line in text.splitlines() if re.match(rf"\s*{name}\s\s", line))
+    return [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", line.replace(name, ""))]
+
+
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def test_parameters_are_those_of_the_real_models(folder, teacher, student):
+    text = describe(recipe(folder))
+    trained = count(hybrid.trained_parameters(student, train_connector=True).values())
+    total, mixers = count(student.parameters()), [p for m in hybrid.mixers(student).values() for p in m.parameters()]
+    assert row(text, "hybrid") == [total, trained, total - trained]
+    assert row(text, "teacher") == [count(teacher.parameters())] * 2
+    assert row(text, "Mamba-2 mixers") == [count(mixers), count(mixers), 0]
+    assert row(text, "vision tower")[0] == count(teacher.get_encoder("image").parameters())
+    parts = ("Mamba-2 mixers", "attention", "embeddings", "rest of the decoder", "output head", "vision tower")
+    assert sum(row(text, part)[0] for part in (*parts, "connector and other")) == total
+    assert "2 of 4 decoder layers become Mamba-2 (50.0%): 0, 2" in text
+
+
+def test_without_the_connector_only_mixers_are_trained(folder):
+    text = describe(recipe(folder, "distill.train_connector=false"))
+    assert row(text, "hybrid")[1] == row(text, "Mamba-2 mixers")[0]
+    assert row(text, "connector and other")[1] == 0
+
+
+def test_decoding_state_is_that_of_the_real_hybrids_cache(folder, student):
+    ghost = skeleton.build(Teacher(model=str(folder)))
+    kept = sum(size for number, size in enumerate(kv_bytes(ghost)) if number not in LAYERS)
+    states = sum(map(state_bytes, hybrid.mixers(student).values()))
+    for length in (1, 50):
+        cache = DynamicCache(config=student.config.get_text_config(decoder=True))
+        with torch.inference_mode():
+            student.get_decoder()(torch.zeros(1, length, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert cache_bytes(cache) == length * kept + states
+
+
+def test_a_skeleton_has_the_recipes_dtype_and_no_memory(folder):
+    ghost = skeleton.build(Teacher(model=str(folder), dtype="bfloat16"))
+    assert {(p.dtype, p.device.type) for p in ghost.parameters()} == {(torch.bfloat16, "meta")}
+    assert sum(kv_bytes(ghost)) == SIZES.layers * 2 * SIZES.hidden * 2
+
+
+@pytest.mark.parametrize(("activation", "mixers"), [("gelu_pytorch_tanh", 0), ("gelu_new", 0), ("gelu_new", 4)])
+def test_the_activation_estimate_is_near_what_autograd_keeps(activation, mixers):
+    """Measured at 4 x 200 tokens, in bytes a token: 37,608, 86,760, 126,110; estimated 37,683, 86,835, 127,795."""
+    model = build_model(SmallVLM(), build_tokenizer(["a"])).train().requires_grad_(False)
+    for layer in model.get_decoder().layers:
+        layer.mlp.activation_fn = ACT2FN[activation]
+    model.config.text_config.hidden_act = activation
+    if mixers:
+        convert_(model, range(0, 2 * mixers, 2), "aligned")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_decoder()(inputs_embeds=torch.randn(4, 200, 128, requires_grad=True), use_cache=False)
+    measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights) / 800
+    assert saved_bytes_per_token(model.config.text_config, mixers, 4) == pytest.approx(measured, rel=0.1)
+
+
+def test_samples_and_turns_are_the_packages():
+    data = recipe("any").data
+    assert count_samples(data) == (4000, 38575)
+    halves = [data.model_copy(update={"max_turns": 5, "max_samples": limit}) for limit in (None, 400)]
+    (samples, turns), some = map(count_samples, halves)
+    images = easy_vqa.get_train_questions()[2]
+    assert samples == sum(-(-images.count(image) // 5) for image in set(images))
+    assert turns == 38575
+    assert some == (round(samples / 10), round(turns / 10))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "4,000 samples / 64 = 63 an epoch, 63 in all: 0 warm-up, 63 stable, 0 decay"),
+        (["distill.epochs=3", "distill.schedule.decay_updates=9"], "63 an epoch, 189 in all: 0 warm-up, 180 stable, 9"),
+        (["distill.max_updates=5"], "63 an epoch, 5 in all"),
+        (["distill.schedule.warmup_updates=99"], "warning: warm-up and decay are longer than the run"),
+        (["data={source: llava, path: a.json}"], "unknown until data is prepared"),
+        (["data={source: llava, path: a.json, max_samples: 640}"], "about 640 samples / 64 = 10 an epoch"),
+        (["data={source: llava, path: a.json, max_samples: 640, max_turns: 3}"], "unknown until data is prepared"),
+        (["data.max_samples=400"], "about 400 samples / 64 = 7 an epoch"),
+        (["targets.top_k=16"], "66 B per answer token (top 16"),
+        (["data={source: llava, path: a.json}"], "total unknown until data is prepared"),
+    ],
+)
+def test_updates_and_targets(folder, overrides, expected):
+    assert expected in describe(recipe(folder, *overrides))
+
+
+def test_more_gpus_share_what_zero_shards(folder):
+    def gradients(*overrides):
+        text = describe(recipe(folder, "distill.engine=deepspeed", "teacher.dtype=bfloat16", *overrides))
+        return re.search(r"gradients\s+about ([\d.]+)", text).group(1)
+
+    alone = float(gradients())
+    assert float(gradients("resources.gpu=4")) == pytest.approx(alone / 4, rel=0.01)
+    assert float(gradients("resources.gpu=4", "distill.deepspeed.zero_stage=1")) == alone
+
+
+def test_layers_that_cannot_be_replaced_are_an_error(folder):
+    with pytest.raises(ValueError, match="all 4 layers"):
+        describe(recipe(folder, "hybrid.layers=[0, 1, 2, 3]"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_described_offline(path, offline):
+    text = describe(load_recipe(path))
+    assert f"name: {path.stem}" in text
+    assert "Updates\n" in text
+    assert "Teacher targets\n" in text
+
+
+def test_an_unreachable_teacher_is_one_line(offline):
+    text = describe(recipe("nobody/unreachable"))
+    (line,) = [line for line in text.splitlines() if "cannot read its config.json" in line]
+    assert "nobody/unreachable" in line
+    assert "HF_HUB_OFFLINE" in line
+    assert "Parameters" not in text
+    assert "63 an epoch" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "not a JSON object"), ('{"model_type": "x"}', "'x'")],
+)
+def test_a_teacher_folder_that_cannot_be_used(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(skeleton.Unreachable, match=rf"(?i){re.escape(str(tmp_path))}.*{complaint}"):
+        skeleton.build(Teacher(model=str(tmp_path)))
+
+
+def test_a_hub_model_is_read_from_its_config_alone(folder, monkeypatch):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            found = self.path == "/somebody/vlm/resolve/v2/config.json"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write((folder / "config.json").read_bytes() if found else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        ghost = skeleton.build(Teacher(model="somebody/vlm", revision="v2"))
+        with pytest.raises(skeleton.Unreachable, match="404"):
+            skeleton.build(Teacher(model="somebody/else"))
+        server.shutdown()
+    assert asked[0] == "/somebody/vlm/resolve/v2/config.json"
+    assert ghost.config.text_config.hidden_size == SIZES.hidden
