@@ -61,7 +61,7 @@ def read_attention(attention: nn.Module) -> Projections:
     """The projections of ``attention``: q/k/v_proj or a fused qkv_proj, and o_proj or dense.
 
     Raises:
-        ValueError: it has none of these, or its head width is not known.
+        ValueError: it has none of these, or heads that a mixer cannot have.
     """
     head_dim = getattr(attention, "head_dim", None)
     out: Any = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
@@ -83,6 +83,11 @@ def read_attention(attention: nn.Module) -> Projections:
     if lost:
         log.warning("%s: the mixer has no place for %s", type(attention).__name__, ", ".join(lost))
     (q, k, v), (q_bias, k_bias, v_bias) = weights, biases
+    if q.shape[0] != out.weight.shape[1] or k.shape != v.shape:
+        raise ValueError(
+            f"{type(attention).__name__}: heads of unequal widths: q {q.shape[0]}, k {k.shape[0]}, v {v.shape[0]}, "
+            f"output {out.weight.shape[1]}"
+        )
     return Projections(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias, head_dim)
 
 
@@ -178,7 +183,8 @@ def convert_(
 def _new_mixer(options: MixerOptions, layer_idx: int, generator: torch.Generator, like: nn.Module) -> Mamba2Mixer:
     """A randomly initialised mixer with the dtype and device of ``like``; the draws are made in float32 on the CPU."""
     weight = next(like.parameters())
-    with torch.device("meta" if weight.is_meta else "cpu"):
+    # torch's own layers draw from the global generator before their weights are drawn again from ours.
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if weight.is_meta else "cpu"):
         mixer = Mamba2Mixer(options, layer_idx, generator=generator)
     return mixer.to(dtype=weight.dtype, device=weight.device)
 

@@ -48,12 +48,13 @@ def processor() -> Any:
 
 
 def build(processor: Any) -> Any:
-    """A random model whose answers differ by image and question: its weights are larger than at initialisation."""
-    model = small.build_model(SIZES, processor.tokenizer, seed=3)
+    """A random model with weights so large that its answers differ by image and question."""
+    model = small.build_model(SIZES, processor.tokenizer)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0 if "language_model" in name or "projector" in name else 2.0)
+                parameter.normal_(0.0, 0.25, generator=generator)
     return model
 
 
@@ -96,7 +97,7 @@ def test_answers_do_not_depend_on_batching(
     model: Any, processor: Any, images: list[Image.Image], shared: bool, batch_size: int, monkeypatch: Any
 ) -> None:
     expected = one_by_one(model, processor, images)
-    assert len(set(expected)) >= 6, "answers that hardly differ would show nothing"
+    assert len(set(expected)) >= 9, "answers that hardly differ would show nothing"
     if not shared:
         monkeypatch.setattr(prefix, "FAMILIES", frozenset())
     assert VLM(model, processor, batch_size).generate_until(requests(images)) == expected

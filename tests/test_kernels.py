@@ -11,8 +11,8 @@ from matvlm.kernels.conv import causal_conv1d
 from matvlm.kernels.ssd import ssd_scan, ssd_step
 
 # Largest difference from the float64 recurrence over all cases below, relative to the largest value of each tensor:
-# 1.4e-6 in outputs and states, 1.2e-5 in gradients (of dt, where cancelling terms leave little). bfloat16 inside the scan,
-# or a decay off by one token, gives above 1e-3.
+# 1.4e-6 in outputs and states, 1.2e-5 in gradients (of dt, where cancelling terms leave little). bfloat16 inside the
+# scan, or a decay off by one token, gives above 1e-3.
 TOLERANCE = 4e-5
 
 

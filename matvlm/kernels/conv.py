@@ -38,15 +38,26 @@ def causal_conv1d(
     """
     before = 0 if initial_state is None else initial_state.shape[-1]
     if initial_state is not None:
+        if x.shape[1] == 1:
+            return _one_token(x, weight, bias, initial_state, silu)
         x = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)
     if resolve_backend(backend, x.device) == "mamba_ssm" and has_fused_conv():
         fused = load_function("causal_conv1d", "causal_conv1d_fn")
+        if x.stride(1) % 8:  # it reads eight channels at a time
+            x = x.contiguous()
         y = fused(x.transpose(1, 2), weight, bias, activation="silu" if silu else None).transpose(1, 2)
     else:
         y = _CausalConv.apply(x, weight.to(x.dtype), bias.to(x.dtype))
         y = F.silu(y) if silu else y
     state = x[:, max(0, x.shape[1] - weight.shape[1] + 1) :].transpose(1, 2)
     return y[:, before:], F.pad(state, (weight.shape[1] - 1 - state.shape[-1], 0))
+
+
+def _one_token(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """``causal_conv1d`` for x [B, 1, D] in few operations, for decoding."""
+    window = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)
+    y = (window * weight.to(x.dtype)).sum(-1) + bias.to(x.dtype)
+    return (F.silu(y) if silu else y)[:, None], window[..., 1:]
 
 
 class _CausalConv(torch.autograd.Function):

@@ -152,7 +152,7 @@ def _states_between(added: Tensor, whole: Tensor, initial_state: Tensor | None) 
 class _WithinChunk(torch.autograd.Function):
     """``y[q] = sum over s <= q of exp(a[q] - a[s]) * (C[q] . B[s]) * x[s]`` for each chunk on its own.
 
-    By hand because autograd would hold and revisit four Q x Q intermediates where two do, and would let each token's own
+    By hand because autograd would hold and revisit four Q x Q intermediates where two do, and let each token's own
     term, which does not depend on ``a``, into the gradient of ``a`` twice with opposite signs.
     """
 
