@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -36,13 +37,17 @@ def runs_folder() -> Path:
     return Path(os.environ.get("MATVLM_RUNS", "runs")).resolve()
 
 
-def open_run(flow: FlowSpec, recipe: Any) -> tuple[str, str]:
-    """Name a new run, make its folder, open its MLflow run. The names are artifacts, so a resumed run keeps them."""
+def open_run(recipe: Any, **tags: str) -> tuple[str, str]:
+    """Name a new run, make its folder, open its MLflow run. The names are artifacts, so a resumed run keeps them.
+
+    Returns:
+        The run's key, under which MLflow finds its runs again, and the folder of its files.
+    """
     run_key = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = runs_folder() / run_key
     folder.mkdir(parents=True)
     tracker = Tracker(run_key, folder, recipe.tracking.experiment)
-    tags = {"flow": current.flow_name, "metaflow_run": current.run_id, "recipe": recipe.name}
+    tags |= {"flow": current.flow_name, "metaflow_run": current.run_id, "recipe": recipe.name}
     tracker.parent({**flatten(recipe.model_dump(mode="json")), **environment()}, tags)
     print(f"Files of this run: {folder}\nIf it is interrupted: {resume_command(current.run_id)}")
     return run_key, str(folder)
@@ -68,8 +73,28 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def load_teacher(recipe: Any, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and processor of ``recipe.teacher``."""
+    import torch
+
+    from matvlm.models import locate
+
+    teacher = recipe.teacher
+    return locate.load(teacher.model, device, getattr(torch, teacher.dtype), teacher.revision)
+
+
+def file_name(label: str) -> str:
+    """``label`` as a folder name: "student, untrained" -> "student-untrained"."""
+    return "-".join(re.findall(r"\w+", label))
+
+
+def script() -> str:
+    """The flow's file as one would type it from the project's root."""
+    return f"flows/{Path(sys.argv[0]).name}"
+
+
 def resume_command(run_id: str) -> str:
-    return f"python flows/{Path(sys.argv[0]).name} resume --origin-run-id {run_id}"
+    return f"python {script()} resume --origin-run-id {run_id}"
 
 
 def parse(text: str, kind: type[Kind]) -> dict[str, Any]:

@@ -27,19 +27,19 @@ class TeacherFlow(FlowSpec):
 
     @step
     def start(self):
-        self.run_key, self.folder = support.open_run(self, self._recipe())
+        self.run_key, self.folder = support.open_run(self.settings())
         self.next(self.prepare_data)
 
     @step
     def prepare_data(self):
-        recipe = self._recipe()
+        recipe = self.settings()
         with support.stage(self, recipe, "prepare_data") as reporter:
             self.data = prepare(recipe.data, recipe.seed, Path(self.folder) / "data", reporter).model_dump(mode="json")
         self.next(self.train)
 
     @step
     def train(self):
-        recipe = self._recipe()
+        recipe = self.settings()
         with support.stage(self, recipe, "train") as reporter:
             data = DataManifest.model_validate(self.data)
             teacher = pretrain(recipe, data, Path(self.folder) / "teacher", reporter, support.device())
@@ -50,7 +50,7 @@ class TeacherFlow(FlowSpec):
     def evaluate(self):
         from matvlm.evaluate import evaluate
 
-        recipe = self._recipe()
+        recipe = self.settings()
         teacher, out = Checkpoint.model_validate(self.teacher), Path(self.folder) / "evaluation"
         with support.stage(self, recipe, "evaluate") as reporter:
             result = evaluate(teacher, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
@@ -60,7 +60,7 @@ class TeacherFlow(FlowSpec):
 
     @step
     def end(self):
-        tracker = support.tracker_of(self, self._recipe())
+        tracker = support.tracker_of(self, self.settings())
         tracker.summary(self.result["metrics"])
         tracker.finish("FINISHED")
         print(f"Teacher: {self.teacher['uri']}\nScores: {self.result['metrics']}")

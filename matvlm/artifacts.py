@@ -77,6 +77,9 @@ class ProfilePoint(Artifact):
     """Bytes of KV cache and recurrent state at this context, measured from the cache's tensors."""
     peak_bytes: int | None = None
     """Peak device memory (GPU only)."""
+    prefill_seconds_each: list[float] = []
+    decode_tokens_per_second_each: list[float] = []
+    """The repeats behind the two medians. Repeat i of every model was measured in the same moments."""
 
 
 class ProfileResult(Artifact):

@@ -1,24 +1,31 @@
 """The recipe: everything that decides a run, in one frozen, strictly checked value.
 
 A recipe is a YAML file under ``flows/recipes``. ``load_recipe`` reads one, applies ``field.path=value`` overrides and
-returns a ``Recipe``; whatever is wrong with it comes back as one ``RecipeError`` that names the file, the field and what
-was expected. Lengths are in tokens, sizes in samples, and ``updates`` are optimiser updates, never micro-batches.
+returns a ``Recipe``; whatever is wrong with it comes back as one ``RecipeError`` that names the file, the field and
+what was expected. Lengths are in tokens, sizes in samples, and ``updates`` are optimiser updates, never micro-batches.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 
 LayerRule = Literal["even", "paper", "first", "middle", "last"]
+LayerList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Layers = Annotated[
+    Annotated[LayerRule, Tag("(rule)")] | Annotated[LayerList, Tag("(list)")],
+    Discriminator(lambda value: "(list)" if isinstance(value, list | tuple) else "(rule)"),
+]
+"""A rule or a list, told apart by type first, so that a wrong value is one error and not one per alternative."""
 InitName = Literal["aligned", "paper", "random"]
 
 
@@ -38,7 +45,13 @@ class Teacher(Section):
     model: str = "package://easyvqa-teacher"
     """``package://NAME`` (shipped with matvlm), a Hugging Face hub id, a local folder or ``s3://``."""
     revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def uri(self) -> str:
+        """``model``, with ``@revision`` where one is given."""
+        return f"{self.model}@{self.revision}" if self.revision else self.model
 
 
 class Data(Section):
@@ -68,11 +81,11 @@ class Data(Section):
 
 
 class Hybrid(Section):
-    """Which attention layers become Mamba-2 and how the mixers start (PAPER: layers, initialisation)."""
+    """Which attention layers become Mamba-2 and how the mixers start (arXiv 2503.13440)."""
 
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     """Share of decoder layers to replace. At least one layer stays attention."""
-    layers: LayerRule | list[Annotated[int, Field(ge=0)]] = "even"
+    layers: Layers = "even"
     """A rule, or the explicit layer numbers (then ``ratio`` is ignored)."""
     init: InitName = "aligned"
     compare_inits: list[InitName] = []
@@ -118,7 +131,7 @@ class Schedule(Section):
 
 
 class Loss(Section):
-    """``L = prob * KL(teacher || student) + layer * L_layer + ce * CE(labels)`` (PAPER, "Loss")."""
+    """``L = prob * KL(teacher || student) + layer * L_layer + ce * CE(labels)`` (arXiv 2503.13440)."""
 
     prob: Weight = 1.0
     layer: Weight = 1.0
@@ -173,7 +186,7 @@ class Distill(Section):
 class Evaluate(Section):
     tasks: list[str] = ["easyvqa"]
     limit: Count | None = None
-    """Evaluate only the first this many questions of each task; null takes all."""
+    """Evaluate this many questions of each task, evenly spaced over its split; null takes all."""
     limit_comparisons: Count | None = None
     """The same for the models beside teacher and student (straight after initialisation, ``compare_inits``)."""
     batch_size: Count = 64
@@ -223,9 +236,13 @@ class Recipe(Section):
 Kind = TypeVar("Kind", bound=Section)
 
 
+@overload
+def parse_recipe(text: str, source: str = ..., overrides: Iterable[str] = ...) -> Recipe: ...
+@overload
+def parse_recipe(text: str, source: str = ..., overrides: Iterable[str] = ..., *, kind: type[Kind]) -> Kind: ...
 def parse_recipe(
-    text: str, source: str = "recipe", overrides: Iterable[str] = (), kind: type[Kind] = Recipe
-) -> Kind:
+    text: str, source: str = "recipe", overrides: Iterable[str] = (), *, kind: type[Section] = Recipe
+) -> Section:
     """Parse the YAML (or JSON) ``text`` of a recipe.
 
     Args:
@@ -264,6 +281,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(text, source=str(path), overrides=overrides)
 
 
+def split_overrides(text: str) -> list[str]:
+    """``"a.b=1 c=[2, 3]"`` as ``["a.b=1", "c=[2, 3]"]``: a new override starts at every word followed by ``=``."""
+    return re.split(r"\s+(?=[\w.]+=)", text.strip()) if text.strip() else []
+
+
 def _apply_override(raw: dict[str, Any], override: str, source: str) -> None:
     name, separator, value = override.partition("=")
     if not separator or not name.strip():
@@ -274,7 +296,10 @@ def _apply_override(raw: dict[str, Any], override: str, source: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise RecipeError(f"{source}: override {override!r}: {parent!r} is not a section")
-    section[leaf] = _yaml_value(value)
+    try:
+        section[leaf] = _yaml_value(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"{source}: override {override!r}: the value is not valid YAML") from None
 
 
 def _yaml_value(text: str) -> Any:
@@ -291,7 +316,7 @@ def _yaml_value(text: str) -> Any:
 def _describe(error: ValidationError, source: str) -> str:
     lines = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "literal[")))
+        field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("("))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key"

@@ -4,11 +4,12 @@ Every model runs the same loop: a fresh ``DynamicCache``, one forward pass of it
 (prefill), then greedy decoding one token at a time. The tokens are random, but the same for all models of one
 vocabulary: speed and memory do not depend on what a text says. An image would only be so many more tokens of context;
 the vision tower, which teacher and hybrid share, is not part of the figures. Models take turns within every repeat, in
-alternating order, so that whatever else the machine does meets them alike.
+alternating order, so that whatever else the machine does meets them alike; and all have the first one's dtype.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
@@ -25,10 +26,11 @@ from transformers import DynamicCache
 from matvlm import kernels
 from matvlm.artifacts import Checkpoint, ProfilePoint, ProfileResult
 from matvlm.config import Profile
-from matvlm.models import hybrid
+from matvlm.models import locate
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
-from matvlm.storage import local_copy
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 
@@ -76,15 +78,14 @@ def profile(
     Peak memory (GPU only) is that of a model alone: its weights and whatever its own run allocates on top.
 
     Raises:
-        ValueError: labels repeat, or a context is longer than a model has positions for.
+        ValueError: labels repeat, or a context is longer than the learnt positions of a model.
     """
     labels = [checkpoint.label for checkpoint in checkpoints]
     if len(set(labels)) < len(labels):
         raise ValueError(f"profile: every checkpoint needs a label of its own, got {labels}")
     device = torch.device(device)
-    subjects = [_Subject(c.label, hybrid.load(local_copy(c.uri), device=device)[0].eval()) for c in checkpoints]
-    for subject in subjects:
-        _refuse_long_contexts(subject, settings)
+    subjects = _open(checkpoints, device)
+    _check_positions(subjects, max(settings.contexts) + settings.new_tokens)
     samples: dict[tuple[str, int], list[_Sample]] = {}
     total = len(subjects) * len(settings.contexts) * (settings.repeats + 1)
     with Progress(total, "profile", "measurement", reporter) as progress:
@@ -99,14 +100,14 @@ def profile(
     _report(points, reporter)
     return ProfileResult(
         points=points,
-        machine=machine_facts(device),
+        machine={**machine_facts(device), "dtype": str(subjects[0].model.dtype).removeprefix("torch.")},
         repeats=settings.repeats,
         new_tokens=settings.new_tokens,
     )
 
 
 def compare(result: ProfileResult, baseline: str = "teacher") -> list[Comparison]:
-    """Every other model's medians over those of ``baseline``, per context.
+    """Every other model against ``baseline``, per context; speeds as the median of the ratios repeat by repeat.
 
     Raises:
         ValueError: the result has no model labelled ``baseline``.
@@ -119,8 +120,10 @@ def compare(result: ProfileResult, baseline: str = "teacher") -> list[Comparison
         Comparison(
             label=point.label,
             context=point.context,
-            prefill_speed=base[point.context].prefill_seconds / point.prefill_seconds,
-            decode_speed=point.decode_tokens_per_second / base[point.context].decode_tokens_per_second,
+            prefill_speed=_median_ratio(base[point.context].prefill_seconds_each, point.prefill_seconds_each),
+            decode_speed=_median_ratio(
+                point.decode_tokens_per_second_each, base[point.context].decode_tokens_per_second_each
+            ),
             cache_bytes=point.cache_bytes / base[point.context].cache_bytes,
             peak_bytes=_ratio(point.peak_bytes, base[point.context].peak_bytes),
         )
@@ -199,27 +202,50 @@ def _random_ids(subject: _Subject, batch_size: int, context: int, device: torch.
     return torch.randint(subject.config.vocab_size, (batch_size, context), generator=generator).to(device)
 
 
-def _refuse_long_contexts(subject: _Subject, settings: Profile) -> None:
-    positions = getattr(subject.config, "max_position_embeddings", None)
-    needed = max(settings.contexts) + settings.new_tokens
-    if positions is not None and needed > positions:
-        raise ValueError(
-            f"profile.contexts: {max(settings.contexts)} tokens and {settings.new_tokens} new ones need {needed} "
-            f"positions, but {subject.label} has {positions} (max_position_embeddings); shorten profile.contexts"
+def _open(checkpoints: list[Checkpoint], device: torch.device) -> list[_Subject]:
+    subjects: list[_Subject] = []
+    for checkpoint in checkpoints:
+        dtype = subjects[0].model.dtype if subjects else None
+        subjects.append(_Subject(checkpoint.label, locate.load(checkpoint.uri, device, dtype)[0]))
+    return subjects
+
+
+def _check_positions(subjects: list[_Subject], needed: int) -> None:
+    """Warn of models that were made for fewer than ``needed`` positions; refuse those that cannot be run there."""
+    short = []
+    for subject in subjects:
+        positions = getattr(subject.config, "max_position_embeddings", None)
+        if positions is None or needed <= positions:
+            continue
+        if not getattr(subject.config, "rope_parameters", None):
+            raise ValueError(
+                f"profile.contexts: the longest context and profile.new_tokens need {needed} positions, but "
+                f"{subject.label} has learnt {positions} (max_position_embeddings); shorten profile.contexts"
+            )
+        short.append(f"{subject.label} ({positions})")
+    if short:
+        log.warning(
+            "The profile goes up to %d positions, beyond those of %s. Rotary positions are computed, so speed and "
+            "memory are as measured, but answers at such lengths would mean nothing.",
+            needed,
+            ", ".join(short),
         )
 
 
 def _median_point(label: str, context: int, samples: list[_Sample], settings: Profile) -> ProfilePoint:
-    decode_seconds = statistics.median(sample.decode_seconds for sample in samples)
+    prefills = [sample.prefill_seconds for sample in samples]
+    speeds = [settings.new_tokens * settings.batch_size / sample.decode_seconds for sample in samples]
     peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
     return ProfilePoint(
         label=label,
         context=context,
         batch_size=settings.batch_size,
-        prefill_seconds=statistics.median(sample.prefill_seconds for sample in samples),
-        decode_tokens_per_second=settings.new_tokens * settings.batch_size / decode_seconds,
+        prefill_seconds=statistics.median(prefills),
+        decode_tokens_per_second=statistics.median(speeds),
         cache_bytes=samples[0].cache_bytes,
         peak_bytes=max(peaks) if peaks else None,
+        prefill_seconds_each=prefills,
+        decode_tokens_per_second_each=speeds,
     )
 
 
@@ -229,6 +255,10 @@ def _report(points: list[ProfilePoint], reporter: Reporter) -> None:
         values = point.model_dump(include={"prefill_seconds", "decode_tokens_per_second", "cache_bytes", "peak_bytes"})
         known = {f"profile/{point.label}/{name}": value for name, value in values.items() if value is not None}
         reporter.metrics(known, step=point.context)
+
+
+def _median_ratio(values: list[float], bases: list[float]) -> float:
+    return statistics.median(value / base for value, base in zip(values, bases, strict=True))
 
 
 def _ratio(value: int | None, base: int | None) -> float | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from matvlm.config import Recipe, RecipeError, load_recipe, parse_recipe
+from matvlm.config import Recipe, RecipeError, load_recipe, parse_recipe, split_overrides
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
 TEACHERS = sorted(RECIPES.glob("teacher-*.yaml"))
@@ -71,6 +71,8 @@ BAD = {
     "no layers": ("hybrid: {ratio: 0}", "hybrid.ratio", "greater than 0"),
     "negative layer": ("hybrid: {layers: [0, -1]}", "hybrid.layers.1", "got -1"),
     "unknown rule": ("hybrid: {layers: evenly}", "hybrid.layers", "got 'evenly'"),
+    "rule of another type": ("hybrid: {layers: 3}", "hybrid.layers", "got 3"),
+    "empty list of layers": ("hybrid: {layers: []}", "hybrid.layers", "got []"),
     "unknown init": ("hybrid: {init: identity}", "hybrid.init", "got 'identity'"),
     "compare with itself": ("hybrid: {init: paper, compare_inits: [paper]}", "hybrid", "compare_inits"),
     "uneven batches": ("distill: {batch_size: 10, micro_batch_size: 4}", "distill", "multiple of micro_batch_size 4"),
@@ -118,6 +120,13 @@ def test_overrides_reach_nested_and_absent_sections():
     assert recipe.evaluate.limit == 7
 
 
+def test_overrides_in_one_text_are_split_where_a_new_one_starts():
+    text = " distill.optimizer.lr=1e-4  hybrid.layers=[0, 3] description=two words data.max_turns=null\n"
+    expected = ["distill.optimizer.lr=1e-4", "hybrid.layers=[0, 3]", "description=two words", "data.max_turns=null"]
+    assert split_overrides(text) == expected
+    assert split_overrides("  ") == []
+
+
 def test_later_override_wins():
     assert parse_recipe(MINIMAL, overrides=["seed=1", "seed=2"]).seed == 2
 
@@ -130,6 +139,7 @@ def test_later_override_wins():
         ("=3", "not of the form field.path=value"),
         ("name.first=a", "'name' is not a section"),
         ("distill.epochs=two", "distill.epochs"),
+        ("hybrid.layers=[0, 4", "the value is not valid YAML"),
     ],
 )
 def test_bad_override(override, message):

@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"config", "artifacts", "reporting"},
-    {"storage", "progress", "kernels"},
+    {"storage", "progress", "kernels", "plots"},
     {"models", "data", "snapshots"},
     {"losses"},
     {"init", "teacher"},
     {"targets"},
-    {"distill", "generation", "evaluate", "profiling", "plots", "pretrain"},
-    {"tracking", "inspection"},
+    {"distill", "generation", "evaluate", "profiling", "pretrain"},
+    {"tracking", "inspection", "report"},
     {"cli"},
     {"__init__", "__main__"},
 ]

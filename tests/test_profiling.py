@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from matvlm import profiling
 from matvlm.artifacts import Checkpoint, ProfilePoint, ProfileResult
@@ -59,6 +59,8 @@ def point(label, context=64, prefill=1.0, decode=10.0, cache=1000, peak=None):
         decode_tokens_per_second=decode,
         cache_bytes=cache,
         peak_bytes=peak,
+        prefill_seconds_each=[prefill],
+        decode_tokens_per_second_each=[decode],
     )
 
 
@@ -130,7 +132,20 @@ def test_models_take_turns_in_alternating_order():
 def test_points_are_medians():
     samples = [profiling._Sample(p, d, 500, m) for p, d, m in ((1.0, 4.0, 7), (9.0, 2.0, 9), (3.0, 1.0, 8))]
     median = profiling._median_point("x", 32, samples, Profile(new_tokens=10, batch_size=3))
-    assert median == point("x", 32, prefill=3.0, decode=15.0, cache=500, peak=9).model_copy(update={"batch_size": 3})
+    assert (median.label, median.context, median.batch_size) == ("x", 32, 3)
+    assert (median.prefill_seconds, median.prefill_seconds_each) == (3.0, [1.0, 9.0, 3.0])
+    assert (median.decode_tokens_per_second, median.decode_tokens_per_second_each) == (15.0, [7.5, 15.0, 30.0])
+    assert (median.cache_bytes, median.peak_bytes) == (500, 9)
+
+
+def test_compare_pairs_the_repeats():
+    slow_moments = {"prefill_seconds_each": [1.0, 8.0, 2.0], "decode_tokens_per_second_each": [4.0, 1.0, 2.0]}
+    teacher = point("teacher").model_copy(update=slow_moments)
+    student = point("student").model_copy(
+        update={"prefill_seconds_each": [0.5, 2.0, 2.0], "decode_tokens_per_second_each": [8.0, 2.0, 2.0]}
+    )
+    (row,) = profiling.compare(result_of(teacher, student))
+    assert (row.prefill_speed, row.decode_speed) == (2.0, 2.0)
 
 
 def test_compare_gives_ratios_to_the_baseline_of_the_same_context():
@@ -153,10 +168,37 @@ def test_compare_without_the_baseline_says_what_there_is():
         profiling.compare(result_of(point("student")))
 
 
-def test_a_context_beyond_the_positions_is_refused(checkpoints):
-    settings = Profile(contexts=[16, 120], new_tokens=9)
-    with pytest.raises(ValueError, match=r"profile\.contexts: 120 .* need 129 positions, but teacher has 128"):
-        profiling.profile(checkpoints, settings, Reporter())
+def test_rotary_positions_are_measured_beyond_the_models_with_one_warning(checkpoints, caplog):
+    settings = Profile(contexts=[16, 120], new_tokens=9, repeats=1)
+    result = profiling.profile(checkpoints, settings, Reporter())
+    assert {p.context for p in result.points} == {16, 120}
+    (warning,) = [record.getMessage() for record in caplog.records if "beyond" in record.getMessage()]
+    assert "129 positions" in warning
+    assert "teacher (128), student (128)" in warning
+
+
+def test_no_warning_within_the_positions(checkpoints, caplog):
+    profiling.profile(checkpoints, Profile(contexts=[120], new_tokens=8, repeats=1), Reporter())
+    assert "beyond" not in caplog.text
+
+
+def test_learnt_positions_are_not_exceeded(tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32))
+    hybrid.save(model, None, tmp_path / "opt", {})
+    settings = Profile(contexts=[8, 30], new_tokens=3)
+    with pytest.raises(ValueError, match=r"profile\.contexts: .* need 33 positions, but x has learnt 32"):
+        profiling.profile([Checkpoint(uri=str(tmp_path / "opt"), label="x")], settings, Reporter())
+
+
+def test_all_models_are_measured_in_the_first_ones_dtype(tmp_path, checkpoints):
+    hybrid.save(small_model().bfloat16(), None, tmp_path / "half", {})
+    half = Checkpoint(uri=str(tmp_path / "half"), label="half")
+    result = profiling.profile([half, checkpoints[0]], Profile(contexts=[8], repeats=1), Reporter())
+    assert {p.cache_bytes for p in result.points} == {8 * SIZES.layers * KV_BYTES}
+    assert result.machine["dtype"] == "float32"  # a CPU computes in float32, whatever the files hold
+    subjects = profiling._open([half, checkpoints[0]], torch.device("meta"))
+    assert {subject.model.dtype for subject in subjects} == {torch.bfloat16}
 
 
 def test_labels_must_differ(checkpoints):

@@ -1,8 +1,9 @@
-"""Question-answer turns and an image -> token ids, labels and pixels, through the model's own processor and chat template.
+"""Question-answer turns and an image -> token ids, labels and pixels, with the model's own processor and chat template.
 
-A conversation is cut into segments: the prompt up to the assistant's first word, the first answer with its end mark, the
-next prompt, and so on. Each segment is tokenised by itself, so the tokens before an answer are the same in training, in
-teacher targets and in generation, whatever the tokenizer merges. Labels are the answers; everything else is ``IGNORE``.
+A conversation is cut into segments: the prompt up to the assistant's first word, the first answer with its end mark,
+the next prompt, and so on. Each segment is tokenised by itself, so the tokens before an answer are the same in
+training, in teacher targets and in generation, whatever the tokenizer merges. Labels are the answers with their end
+marks; everything else is ``IGNORE``, also what a template writes between an end mark and the next prompt.
 
 Shapes: B samples, L tokens.
 """
@@ -17,8 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
+REMEMBERED = 10_000
+"""Tokenised conversations kept by an encoder, at some 10 kB each for long ones."""
+
+
+class TooLong(ValueError):
+    """A sample whose first turn alone is longer than ``max_length``."""
+
+
+class TemplateError(ValueError):
+    """A chat template that training samples cannot be made with."""
 
 
 class Turn(NamedTuple):
@@ -28,7 +40,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded conversation: ``input_ids`` and ``labels`` int64 [L], ``image_inputs`` as the processor returns them."""
+    """One encoded conversation: ``input_ids`` and ``labels`` int64 [L], ``image_inputs`` as the processor has them."""
 
     id: str
     input_ids: Tensor
@@ -63,7 +75,7 @@ class Encoder:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
-        self._segments = lru_cache(maxsize=100_000)(self._split)
+        self._segments = lru_cache(maxsize=REMEMBERED)(self._split)
 
     def prompt(self, question: str) -> str:
         """The text that asks ``question`` about an image, ready for the processor and for generation."""
@@ -73,7 +85,8 @@ class Encoder:
         """One training sample. Turns that do not fit into ``max_length`` tokens are dropped, last ones first.
 
         Raises:
-            ValueError: no turn fits, or the chat template rewrites earlier turns when later ones are added.
+            TooLong: not even the first turn fits.
+            TemplateError: the chat template rewrites earlier turns when later ones are added.
         """
         first_prompt, segments = self._segments(tuple(turns))
         encoded = self.processor(text=[first_prompt], images=[image], return_tensors="pt", add_special_tokens=False)
@@ -83,7 +96,7 @@ class Encoder:
         for number, (prompt, answer) in enumerate(segments):
             if len(ids) + len(prompt) + len(answer) > self.max_length:
                 if number == 0:
-                    raise ValueError(f"sample {id}: its first turn needs more than max_length={self.max_length} tokens")
+                    raise TooLong(f"sample {id}: its first turn needs more than max_length={self.max_length} tokens")
                 break
             ids += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
@@ -91,13 +104,10 @@ class Encoder:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-pad ``samples`` to the longest and stack their image inputs."""
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [sample.input_ids for sample in samples], batch_first=True, padding_value=self.tokenizer.pad_token_id
-        )
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [sample.labels for sample in samples], batch_first=True, padding_value=IGNORE
-        )
-        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        pad = self.tokenizer.pad_token_id or 0  # any token will do: the mask hides it
+        ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad)
+        labels = pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE)
+        lengths = torch.tensor([len(s.input_ids) for s in samples])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         images = {name: torch.cat([s.image_inputs[name] for s in samples]) for name in samples[0].image_inputs}
         return Batch([s.id for s in samples], {"input_ids": ids, "attention_mask": mask, **images}, labels)
@@ -112,11 +122,17 @@ class Encoder:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
             full = self._render(messages, generate=False)
             if not (prompt.startswith(done) and full.startswith(prompt)):
-                raise ValueError("the chat template rewrites earlier turns: it cannot be used for multi-turn samples")
+                raise TemplateError("the chat template rewrites earlier turns: no training sample can be made with it")
+            answer = self._until_end_mark(full[len(prompt) :])
             first_prompt = first_prompt or prompt
-            segments.append((self._tokenize(prompt[len(done) :]) if done else [], self._tokenize(full[len(prompt) :])))
-            done = full
+            segments.append((self._tokenize(prompt[len(done) :]) if done else [], self._tokenize(answer)))
+            done = prompt + answer
         return first_prompt, segments
+
+    def _until_end_mark(self, text: str) -> str:
+        """``text`` without what follows its last end mark; it belongs to the next prompt."""
+        mark = self.tokenizer.eos_token
+        return text[: text.rindex(mark) + len(mark)] if mark and mark in text else text
 
     def _render(self, messages: list[dict[str, Any]], generate: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)

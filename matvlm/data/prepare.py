@@ -1,4 +1,9 @@
-"""``prepare_data``: a source -> a checked Arrow data set on disk, with what was skipped and why."""
+"""``prepare_data``: a source -> a checked Arrow data set on disk, with what was skipped and why.
+
+The folder holds ``arrow`` (``datasets.save_to_disk``) and ``matvlm_manifest.json`` (the manifest, and the settings that
+the data set was made with). It appears whole or not at all. Images of the easy-VQA package are copied into it; those
+of a LLaVA-format file, which may be hundreds of gigabytes, stay where they are and are read from there.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,16 @@ import logging
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from matvlm.artifacts import DataManifest
 from matvlm.config import Data
-from matvlm.data.encoding import Turn
-from matvlm.data.sources import BadSample, DataError, Entry, Row, entries
+from matvlm.data.encoding import Encoder, TemplateError, TooLong, Turn
+from matvlm.data.sources import BadSample, DataError, Entry, Row, entries, read_image
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
 from matvlm.storage import atomic_folder, read_json, write_json
@@ -26,19 +33,30 @@ MANIFEST = "matvlm_manifest.json"
 SHOWN_SKIPS = 5
 
 
-def prepare(data: Data, seed: int, folder: Path, reporter: Reporter | None = None) -> DataManifest:
-    """Read, check and write the recipe's training data to ``folder``; a finished data set there is kept as it is.
+def prepare(
+    data: Data, seed: int, folder: Path, reporter: Reporter | None = None, encoder: Encoder | None = None
+) -> DataManifest:
+    """Read, check and write the recipe's training data to ``folder``; a finished data set of the same settings is kept.
+
+    Args:
+        seed: decides which samples are drawn when ``data.max_samples`` is fewer than there are.
+        encoder: of the teacher. With it, samples that it cannot encode (too long, say) are skipped and counted here
+            instead of failing in a later stage.
 
     Raises:
-        DataError: the source cannot be read, nothing is usable, or more than ``data.max_bad_share`` of it is bad.
+        DataError: the source cannot be read, nothing is usable, more than ``data.max_bad_share`` of it is bad, or
+            ``folder`` holds a data set that was made with other settings.
+        TemplateError: the teacher's chat template cannot be used for training.
+        StorageError: the data set cannot be written; nothing is left in its place.
     """
+    max_length = encoder.max_length if encoder else None
+    made_with = {**data.model_dump(mode="json"), "seed": seed, "checked_for_max_length": max_length}
     if (folder / MANIFEST).exists():
-        return DataManifest.model_validate(read_json(str(folder / MANIFEST)))
-    chosen = _choose(entries(data), data.max_samples, seed)
-    rows = _CheckedRows(chosen, data.max_turns, reporter)
+        return _finished(folder, made_with)
+    rows = _CheckedRows(_choose(entries(data), data.max_samples, seed), data.max_turns, reporter, encoder)
     with atomic_folder(folder) as unfinished:
         dataset = _to_dataset(rows, unfinished / "cache")
-        _refuse_bad_share(rows, data)
+        _refuse_bad(rows, len(dataset), data)
         dataset.save_to_disk(str(unfinished / "arrow"))
         manifest = DataManifest(
             uri=str(folder),
@@ -49,7 +67,7 @@ def prepare(data: Data, seed: int, folder: Path, reporter: Reporter | None = Non
         )
         del dataset
         shutil.rmtree(unfinished / "cache")
-        write_json(str(unfinished / MANIFEST), manifest.model_dump(mode="json"))
+        write_json(unfinished / MANIFEST, {"manifest": manifest.model_dump(mode="json"), "made_with": made_with})
     return manifest
 
 
@@ -62,47 +80,98 @@ def open_dataset(manifest: DataManifest) -> Any:
     import datasets
 
     try:
-        return datasets.load_from_disk(str(Path(manifest.uri) / "arrow"))
+        dataset = datasets.load_from_disk(str(Path(manifest.uri) / "arrow"))
+        if len(dataset) != manifest.num_samples:
+            raise ValueError(f"{len(dataset)} of {manifest.num_samples} samples are left")
     except (OSError, ValueError) as error:
-        raise DataError(f"{manifest.uri}: cannot open the prepared data ({error}); run prepare_data again") from None
+        raise DataError(
+            f"{manifest.uri}: cannot open the prepared data ({error}); remove this folder and run prepare_data again"
+        ) from None
+    return dataset
 
 
-def turns_of(row: dict[str, Any]) -> list[Turn]:
+def turns_of(row: Mapping[str, Any]) -> list[Turn]:
     """The turns of one data set row."""
     return [Turn(turn["question"], turn["answer"]) for turn in row["turns"]]
 
 
-class _CheckedRows:
-    """Yields the usable rows of ``chosen`` and keeps count of the others."""
+def _finished(folder: Path, made_with: dict[str, Any]) -> DataManifest:
+    record = read_json(folder / MANIFEST)
+    try:
+        manifest = DataManifest.model_validate({**record["manifest"], "uri": str(folder)})
+        found = dict(record["made_with"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: not a manifest ({error!r}); remove the folder to make it anew") from None
+    for field in sorted(found.keys() | made_with.keys()):
+        if found.get(field) != made_with.get(field):
+            raise DataError(
+                f"{folder}: was prepared with {field}={found.get(field)!r} and this run has {made_with.get(field)!r}; "
+                "remove the folder to make it anew, or use another one"
+            )
+    return manifest
 
-    def __init__(self, chosen: list[Entry], max_turns: int | None, reporter: Reporter | None):
-        self.chosen, self.max_turns, self.reporter = chosen, max_turns, reporter
+
+class _CheckedRows:
+    """Yields the usable rows of ``chosen`` and keeps count of the others; ``digest`` grows with what was yielded."""
+
+    def __init__(self, chosen: list[Entry], max_turns: int | None, reporter: Reporter | None, encoder: Encoder | None):
+        self.chosen, self.max_turns, self.reporter, self.encoder = chosen, max_turns, reporter, encoder
         self.skipped: Counter[str] = Counter()
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Row]:
         with Progress(len(self.chosen), "prepare_data", "sample", self.reporter) as progress:
             for entry in self.chosen:
-                try:
-                    row = entry()
-                except BadSample as bad:
-                    self._skip(bad)
-                else:
-                    for part in _split(row, self.max_turns):
-                        self._digest(part)
-                        yield part
+                yield from self._usable(entry)
                 progress.update(1, skipped=sum(self.skipped.values()))
+
+    def _usable(self, entry: Entry) -> Iterator[Row]:
+        """The row of ``entry`` in parts of at most ``max_turns`` turns; a bad part is skipped, the others stay."""
+        try:
+            row = entry()
+            content = row["image"]["bytes"] or read_image(row["image"]["path"] or "", row["id"])
+            image = _decode(row, content)
+        except BadSample as bad:
+            self._skip(bad)
+            return
+        image_hash = hashlib.sha256(content).digest()
+        for part in _split(row, self.max_turns):
+            try:
+                self._check_encoding(part, image)
+            except BadSample as bad:
+                self._skip(bad)
+                continue
+            self.digest.update(json.dumps([part["id"], part["turns"]]).encode() + image_hash)
+            yield part
+
+    def _check_encoding(self, row: Row, image: Image.Image) -> None:
+        if self.encoder is None:
+            return
+        try:
+            self.encoder.encode(row["id"], image, turns_of(row))
+        except TemplateError:
+            raise
+        except TooLong as error:
+            raise BadSample("too long", str(error)) from None
+        except ValueError as error:  # an extreme aspect ratio, say
+            raise BadSample("refused by the processor", f"{row['id']}: {error}") from None
 
     def _skip(self, bad: BadSample) -> None:
         self.skipped[bad.reason] += 1
         if sum(self.skipped.values()) <= SHOWN_SKIPS:
             log.warning("skipped: %s", bad)
 
-    def _digest(self, row: Row) -> None:
-        image = row["image"]
-        content = image["bytes"] or Path(image["path"] or "").read_bytes()
-        self.digest.update(json.dumps([row["id"], row["turns"]]).encode())
-        self.digest.update(hashlib.sha256(content).digest())
+
+def _decode(row: Row, content: bytes) -> Image.Image:
+    """The image exactly as readers of the data set will get it; what decodes here decodes there."""
+    import datasets
+
+    try:
+        image: Image.Image = datasets.Image(mode="RGB").decode_example({"bytes": content, "path": None})
+    except Exception as error:  # Pillow has no common error: OSError, SyntaxError, struct.error, ...
+        where = row["image"]["path"] or "its image"
+        raise BadSample("broken image", f"{row['id']}: {where}: {error}") from None
+    return image
 
 
 def _split(row: Row, max_turns: int | None) -> list[Row]:
@@ -123,6 +192,7 @@ def _choose(source: list[Entry], max_samples: int | None, seed: int) -> list[Ent
 
 def _to_dataset(rows: _CheckedRows, cache: Path) -> Any:
     import datasets
+    from datasets.arrow_writer import ArrowWriter
 
     datasets.disable_progress_bars()
     features = datasets.Features(
@@ -132,23 +202,22 @@ def _to_dataset(rows: _CheckedRows, cache: Path) -> Any:
             "turns": datasets.List({"question": datasets.Value("string"), "answer": datasets.Value("string")}),
         }
     )
-    from datasets.arrow_writer import ArrowWriter
-
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
     file = cache / "rows.arrow"
     with ArrowWriter(path=str(file), features=features) as writer:
         for row in rows:
             writer.write(features.encode_example(row))
-        count, _ = writer.finalize()
-    if not count:
-        raise DataError(f"no usable sample among {len(rows.chosen)}: {dict(rows.skipped)}")
+        writer.finalize()
     return datasets.Dataset.from_file(str(file))
 
 
-def _refuse_bad_share(rows: _CheckedRows, data: Data) -> None:
+def _refuse_bad(rows: _CheckedRows, usable: int, data: Data) -> None:
     bad = sum(rows.skipped.values())
-    if bad > data.max_bad_share * len(rows.chosen):
+    source, reasons = data.path or data.source, ", ".join(f"{n} {reason}" for reason, n in rows.skipped.most_common())
+    if not usable:
+        raise DataError(f"{source}: no usable sample among {bad} ({reasons or 'it is empty'})")
+    if bad > data.max_bad_share * (usable + bad):
         raise DataError(
-            f"{data.path or data.source}: {bad} of {len(rows.chosen)} samples are unusable ({dict(rows.skipped)}), "
-            f"more than data.max_bad_share={data.max_bad_share}; mend the data or raise the share"
+            f"{source}: {bad} of {usable + bad} samples are unusable ({reasons}), more than "
+            f"data.max_bad_share={data.max_bad_share}; mend the data or raise the share"
         )

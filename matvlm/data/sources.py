@@ -1,21 +1,18 @@
 """Where conversations come from: the easy-VQA package, or a LLaVA-format JSON / JSONL file with images in a folder.
 
-A source is a list of ``Entry`` functions. Calling one returns a ``Row`` (id, image, turns) or raises ``BadSample``, so that
-one broken image or malformed entry can be counted and skipped without touching the rest.
+A source is a list of ``Entry`` functions. Calling one returns a ``Row`` (id, image, turns) or raises ``BadSample``, so
+that one malformed entry can be counted and skipped without touching the rest. Ids carry the sample's number and are
+therefore unique, whatever the file calls its samples.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
-
-from PIL import Image
 
 from matvlm.config import Data
 
@@ -35,7 +32,7 @@ class BadSample(ValueError):
 
 
 class StoredImage(TypedDict):
-    """An image as the ``datasets`` Image feature stores it: encoded ``bytes``, or the ``path`` of a file."""
+    """An image file as the ``datasets`` Image feature stores it: its ``bytes``, or the ``path`` to read it from."""
 
     bytes: bytes | None
     path: str | None
@@ -72,7 +69,7 @@ def _easyvqa() -> list[Entry]:
 
 def _easyvqa_row(image: int, path: Path, turns: list[dict[str, str]]) -> Row:
     id = f"easyvqa-{image}"
-    return {"id": id, "image": {"bytes": _checked_image(path, id), "path": None}, "turns": turns}
+    return {"id": id, "image": {"bytes": read_image(path, id), "path": None}, "turns": turns}
 
 
 def _llava(path: Path, image_folder: str | None) -> list[Entry]:
@@ -81,13 +78,14 @@ def _llava(path: Path, image_folder: str | None) -> list[Entry]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    """The samples of a JSON list or of a JSONL file, where a malformed line becomes a sample that is refused later."""
+    """The samples of a JSON list or of a JSONL file, where a malformed line becomes a ``BadSample`` to raise later."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the conversations (data.path): {error}") from None
     if path.suffix == ".jsonl":
-        return [_parse_line(line) for line in text.splitlines() if line.strip()]
+        lines = enumerate(text.split("\n"), start=1)  # splitlines would also cut at separators inside a text
+        return [_parse_line(line, f"{path.name}, line {number}") for number, line in lines if line.strip()]
     try:
         samples = json.loads(text)
     except json.JSONDecodeError as error:
@@ -97,30 +95,35 @@ def _read_json(path: Path) -> list[Any]:
     return samples
 
 
-def _parse_line(line: str) -> Any:
+def _parse_line(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return error
+        return BadSample("malformed JSON", f"{where}, column {error.colno}: {error.msg}")
 
 
 def _llava_row(number: int, raw: Any, path: Path, folder: Path) -> Row:
     where = f"{path.name}, sample {number}"
-    if isinstance(raw, json.JSONDecodeError):
-        raise BadSample("malformed JSON", f"{where}: {raw.msg} at column {raw.colno}")
+    if isinstance(raw, BadSample):
+        raise raw
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise BadSample("malformed entry", f"{where}: expected an object with a list 'conversations'")
-    if not isinstance(raw.get("image"), str):
-        raise BadSample("no image", f"{where}: field 'image' is absent")
-    id = f"{raw.get('id', 'sample')}-{number}"
-    image = folder / raw["image"]
-    _checked_image(image, where)
-    return {"id": id, "image": {"bytes": None, "path": str(image.resolve())}, "turns": _turns(raw, where)}
+    if not raw.get("image"):
+        raise BadSample("no image", f"{where}: field 'image' is absent or empty")
+    if not isinstance(raw["image"], str):
+        raise BadSample("malformed entry", f"{where}: field 'image' must be one file name")
+    if not _is_unicode(raw):
+        raise BadSample("malformed entry", f"{where}: holds half a surrogate pair, which is no text")
+    image = str((folder / raw["image"]).absolute())
+    return {
+        "id": f"{raw.get('id', 'sample')}-{number}",
+        "image": {"bytes": None, "path": image},
+        "turns": _turns(raw["conversations"], where),
+    }
 
 
-def _turns(raw: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """LLaVA's alternating human / gpt messages as turns, without the image mark (the chat template places the image)."""
-    messages = raw["conversations"]
+def _turns(messages: list[Any], where: str) -> list[dict[str, str]]:
+    """LLaVA's alternating human / gpt messages as turns, without the image mark: the chat template places the image."""
     speakers = [message.get("from") if isinstance(message, dict) else None for message in messages]
     if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
         raise BadSample("malformed entry", f"{where}: conversations must alternate human, gpt")
@@ -129,19 +132,25 @@ def _turns(raw: dict[str, Any], where: str) -> list[dict[str, str]]:
         raise BadSample("malformed entry", f"{where}: every message needs a text 'value'")
     if sum(value.count(IMAGE_MARK) for value in values) > 1:
         raise BadSample("several images", f"{where}: one {IMAGE_MARK} a conversation is supported")
-    texts = [re.sub(rf"\s*{IMAGE_MARK}\s*", "", value).strip() for value in values]
+    texts = [" ".join(part.strip() for part in value.split(IMAGE_MARK)).strip() for value in values]
     return [{"question": q, "answer": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _checked_image(path: Path, where: str) -> bytes:
-    """The file's bytes, after decoding it once to be sure that it is a whole image."""
+def _is_unicode(raw: Any) -> bool:
     try:
-        content = path.read_bytes()
-    except OSError:
-        raise BadSample("missing image", f"{where}: {path} cannot be read") from None
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_image(path: str | Path, where: str) -> bytes:
+    """The content of the image file at ``path``.
+
+    Raises:
+        BadSample: there is none, or it cannot be read.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample("broken image", f"{where}: {path}: {error}") from None
-    return content
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise BadSample("missing image", f"{where}: {error}") from None

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from matvlm.artifacts import Checkpoint, EvalResult
 from matvlm.config import Evaluate
-from matvlm.models import hybrid
+from matvlm.models import locate
 from matvlm.reporting import Reporter
-from matvlm.storage import local_copy, read_bytes, write_bytes, write_json
+from matvlm.storage import read_bytes, write_bytes, write_json
 
 SAMPLES, RESULTS = "samples.jsonl", "results.json"
 
@@ -134,7 +134,7 @@ def _task(name: str) -> Task:
 
 def _open(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     try:
-        model, processor = hybrid.load(local_copy(checkpoint.uri), device=device)
+        model, processor = locate.load(checkpoint.uri, device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise EvaluationError(f"{checkpoint.uri}: cannot open this checkpoint: {error}") from error
     if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):

@@ -168,7 +168,7 @@ def _parameters(model: _Model) -> str:
         learnt = _count(p for p in parameters if id(p) in trained)
         rows.append([name, f"{total:,}", f"{learnt:,}", f"{total - learnt:,}"])
     rows.append(["teacher", f"{model.teacher_parameters:,}", "", f"{model.teacher_parameters:,}"])
-    return _table(rows)
+    return table(rows)
 
 
 def _parts(model: Any) -> list[tuple[str, list[nn.Parameter]]]:
@@ -208,7 +208,7 @@ def _cache(recipe: Recipe, model: _Model) -> str:
     for name, cost in (("teacher", CacheCost(sum(model.teacher_kv), 0)), ("hybrid", CacheCost(kept, states))):
         sizes = (cost.per_token, cost.per_sequence, *(cost.at(context) for context in contexts))
         rows.append([name, *map(_size, sizes)])
-    return _table(rows)
+    return table(rows)
 
 
 def _memory(recipe: Recipe, model: _Model) -> str:
@@ -232,7 +232,7 @@ def _memory(recipe: Recipe, model: _Model) -> str:
     }
     rows = [[name, f"about {_size(size)}"] for name, size in [*sizes.items(), ("sum", sum(sizes.values()))]]
     split = f"ZeRO stage {stage} over {devices} GPUs" if sharded else "one device, no sharding"
-    return f"{_table(rows)}\n{split}; logits, buffers and the framework itself come on top"
+    return f"{table(rows)}\n{split}; logits, buffers and the framework itself come on top"
 
 
 def _updates(recipe: Recipe, samples: int | None) -> str:
@@ -277,7 +277,8 @@ def _size(count: float) -> str:
     return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """``rows`` as text in columns, the first to the left, all others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -18,9 +17,9 @@ from transformers import (
 )
 
 from matvlm.config import Teacher
+from matvlm.models.locate import PACKAGE, package_folder
 from matvlm.storage import StorageError, join, read_json
 
-PACKAGE = "package://"
 HUB_SECONDS = 4.0
 """Patience with the hub. One attempt without a token is enough here; transformers tries for 20 s and more."""
 
@@ -50,8 +49,7 @@ def _read_config(teacher: Teacher) -> dict[str, Any]:
     name = teacher.model
     try:
         if name.startswith(PACKAGE):
-            folder = files("matvlm") / "assets" / name.removeprefix(PACKAGE)
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            raw = read_json(package_folder(name) / "config.json")
         elif name.startswith("s3://") or Path(name).is_dir():
             raw = read_json(join(name, "config.json"))
         else:

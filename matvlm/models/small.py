@@ -1,7 +1,7 @@
 """A LLaVA small enough for a laptop: SigLIP-style tower, 2-layer MLP connector, Phi decoder with biases.
 
-The same classes as the paper's TinyLLaVA-Phi-2-SigLIP-3.1B (arXiv 2503.13440), at about a thousandth of its size, with a
-word-level tokenizer built from the texts it has to speak. ``matvlm.pretrain`` trains it; tests use it untrained.
+The same classes as the paper's TinyLLaVA-Phi-2-SigLIP-3.1B (arXiv 2503.13440), at about a thousandth of its size, with
+a word-level tokenizer built from the texts it has to speak. ``matvlm.pretrain`` trains it; tests use it untrained.
 """
 
 from __future__ import annotations
@@ -58,12 +58,10 @@ class SmallVLM(BaseModel):
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows every word and punctuation mark of ``texts``; unknown words become ``<unk>``."""
+    """A word-level tokenizer that knows every word and punctuation mark of ``texts``; other words become ``<unk>``."""
     split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     normalizer = normalizers.Lowercase()
-    words = {
-        word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))
-    }
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))}
     vocabulary = [PAD, EOS, UNK, IMAGE, *SPEAKERS, *sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
     tokenizer.normalizer = normalizer

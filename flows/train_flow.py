@@ -1,0 +1,211 @@
+"""Turns a pre-trained VLM into a Mamba-2 hybrid, distils it, evaluates and profiles it beside its teacher.
+
+    python flows/train_flow.py --config recipe flows/recipes/easyvqa.yaml run
+
+start -> prepare_data -> teacher_targets (a task per shard) -> join_targets -> init_hybrid -> distill (a task per
+initialisation) -> join_students -> list_models -> evaluate (a task per model) -> compare -> profile -> register -> end
+
+Steps are thin: each hands artifacts of ``matvlm.artifacts`` (as JSON) to one library call. Files live in the run's folder.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import cards
+import support
+from metaflow import Config, FlowSpec, card, resources, step
+
+import matvlm
+from matvlm.artifacts import Checkpoint, DataManifest, EvalResult, ProfileResult, TargetStore
+from matvlm.config import Recipe
+
+assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
+
+UNTRAINED = "student, untrained"
+
+
+class TrainFlow(FlowSpec):
+    DEFAULT_RECIPE = support.RECIPES / "easyvqa.yaml"
+    recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=Recipe))
+
+    @step
+    def start(self):
+        self.run_key, self.folder = support.open_run(self.settings())
+        self.teacher = Checkpoint(uri=self.settings().teacher.model, label="teacher").model_dump(mode="json")
+        self.next(self.prepare_data)
+
+    @step
+    def prepare_data(self):
+        from matvlm.data.encoding import Encoder
+        from matvlm.data.prepare import prepare
+
+        recipe = self.settings()
+        with support.stage(self, recipe, "prepare_data") as reporter:
+            _, processor = support.load_teacher(recipe)
+            encoder = Encoder(processor, recipe.data.max_length)
+            data = prepare(recipe.data, recipe.seed, self.path("data"), reporter, encoder)
+        self.data = data.model_dump(mode="json")
+        self.shards = list(range(recipe.targets.shards))
+        self.next(self.teacher_targets, foreach="shards")
+
+    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
+    @step
+    def teacher_targets(self):
+        from matvlm.data.encoding import Encoder
+        from matvlm.data.prepare import open_dataset
+        from matvlm.targets import Identity, compute_shard, shard_rows
+        from matvlm.teacher import fingerprint
+
+        recipe = self.settings()
+        with support.stage(self, recipe, f"teacher_targets[{self.input}]") as reporter:
+            model, processor = support.load_teacher(recipe, support.device())
+            data = DataManifest.model_validate(self.data)
+            identity = Identity.of(recipe, data, processor, fingerprint(model))
+            dataset = open_dataset(data)
+            rows = dataset.select(shard_rows(len(dataset), recipe.targets.shards, self.input))
+            encoder, where = Encoder(processor, recipe.data.max_length), str(self.path("targets"))
+            compute_shard(model, encoder, rows, recipe.targets, where, self.input, identity, reporter)
+        self.identity = identity.model_dump(mode="json")
+        self.next(self.join_targets)
+
+    @step
+    def join_targets(self, inputs):
+        from matvlm.targets import Identity, join_shards
+
+        self.merge_artifacts(inputs)
+        recipe, identity = self.settings(), Identity.model_validate(self.identity)
+        with support.stage(self, recipe, "join_targets") as reporter:
+            store = join_shards(str(self.path("targets")), recipe.targets.shards, identity, reporter)
+        self.targets = store.model_dump(mode="json")
+        self.next(self.init_hybrid)
+
+    @step
+    def init_hybrid(self):
+        from matvlm.distill import init_student
+
+        recipe = self.settings()
+        teacher = Checkpoint.model_validate(self.teacher)
+        with support.stage(self, recipe, "init_hybrid") as reporter:
+            students = [init_student(recipe, teacher, init, self.path("init", init)) for init in recipe.hybrid.variants]
+            reporter.metrics({"replaced_layers": len(students[0].layers), "parameters": students[0].parameters})
+        self.students = [student.model_dump(mode="json") for student in students]
+        self.next(self.distill, foreach="students")
+
+    @card(type="blank", id="distill", refresh_interval=1)
+    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
+    @step
+    def distill(self):
+        from matvlm.distill import distill
+
+        recipe, student = self.settings(), Checkpoint.model_validate(self.input)
+        teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
+        targets, folder = TargetStore.model_validate(self.targets), self.path("distill", str(student.init))
+        progress = cards.DistillCard(f"Distilling {recipe.name}, initialisation {student.init}")
+        with support.stage(self, recipe, f"distill[{student.init}]", progress) as reporter:
+            trained = distill(recipe, student, teacher, data, targets, folder, reporter, support.device())
+        self.trained = trained.model_dump(mode="json")
+        self.next(self.join_students)
+
+    @step
+    def join_students(self, inputs):
+        self.merge_artifacts(inputs, exclude=["trained"])
+        self.distilled = {task.trained["init"]: task.trained for task in inputs}
+        self.next(self.list_models)
+
+    @step
+    def list_models(self):
+        """Teacher and student first; beside them the student as it started, and the other initialisations."""
+        untrained = {**self.students[0], "label": UNTRAINED}
+        student, *others = [self.distilled[student["init"]] for student in self.students]
+        compared = [{**other, "label": f"student, {other['init']} init"} for other in others]
+        self.models = [self.teacher, student, untrained, *compared]
+        self.next(self.evaluate, foreach="models")
+
+    @card(type="blank", id="evaluate", refresh_interval=1)
+    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
+    @step
+    def evaluate(self):
+        from matvlm.evaluate import evaluate
+
+        recipe, model = self.settings(), Checkpoint.model_validate(self.input)
+        beside = model.label not in ("teacher", "student")
+        limit = recipe.evaluate.limit_comparisons if beside else recipe.evaluate.limit
+        page = cards.EvaluateCard(f"Evaluating {recipe.name}: {model.label}")
+        with support.stage(self, recipe, f"evaluate[{model.label}]", page) as reporter:
+            out = self.path("evaluation", support.file_name(model.label))
+            result = evaluate(model, recipe.evaluate, limit, out, reporter, support.device())
+            page.show(result)
+        self.result = result.model_dump(mode="json")
+        self.next(self.compare)
+
+    @card(type="blank", id="compare")
+    @step
+    def compare(self, inputs):
+        from matvlm import report
+        from matvlm.evaluate import compare_samples
+
+        self.merge_artifacts(inputs, exclude=["result"])
+        self.results = [task.result for task in inputs]
+        recipe, results = self.settings(), [EvalResult.model_validate(result) for result in self.results]
+        with support.stage(self, recipe, "compare") as reporter:
+            table = report.rows([Checkpoint.model_validate(m) for m in self.models], results, recipe.evaluate.tasks[0])
+            samples = compare_samples(
+                results[0].samples_uri, results[1].samples_uri, recipe.evaluate.samples_shown, recipe.seed
+            )
+            report.write_accuracy(table, samples, self.path("report"), reporter)
+            cards.show_comparison([row._asdict() for row in table], samples)
+        self.next(self.profile)
+
+    @card(type="blank", id="profile", refresh_interval=1)
+    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
+    @step
+    def profile(self):
+        from matvlm import report
+        from matvlm.profiling import profile
+
+        recipe, page = self.settings(), cards.ProfileCard("Speed and memory, teacher and student on one stack")
+        with support.stage(self, recipe, "profile", page) as reporter:
+            models = [Checkpoint.model_validate(model) for model in self.models[:2]]
+            result = profile(models, recipe.profile, reporter, support.device())
+            self.speed = result.model_dump(mode="json")
+            report.write_profile(result, self.path("report"), reporter)
+            page.show(result)
+        self.next(self.register)
+
+    @step
+    def register(self):
+        from matvlm import report
+
+        recipe = self.settings()
+        models = [Checkpoint.model_validate(model) for model in self.models]
+        results = [EvalResult.model_validate(result) for result in self.results]
+        table = report.rows(models, results, recipe.evaluate.tasks[0])
+        self.headline = report.headline(table, ProfileResult.model_validate(self.speed))
+        tracker, tags = support.tracker_of(self, recipe), {"recipe": recipe.name, "layers": models[1].layers}
+        tracker.summary(self.headline)
+        self.version = tracker.register(recipe.tracking.model_name, models[1].uri, "student", self.headline, tags)
+        self.next(self.end)
+
+    @step
+    def end(self):
+        recipe = self.settings()
+        support.tracker_of(self, recipe).finish("FINISHED")
+        print(self.path("report", "accuracy.md").read_text())
+        print(self.path("report", "profile.md").read_text())
+        print(f"Student: {self.models[1]['uri']}  ({recipe.tracking.model_name} version {self.version})")
+        print(f"Reports: {self.path('report')}\nCompare runs: mlflow ui    Cards: python {support.script()} card server")
+
+    def settings(self) -> Recipe:
+        return Recipe.model_validate(self.recipe.to_dict())
+
+    def path(self, *parts: str) -> Path:
+        """A place in the run's folder; its parent exists."""
+        path = Path(self.folder, *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+if __name__ == "__main__":
+    support.main(TrainFlow, Recipe)

@@ -1,0 +1,176 @@
+"""The command line, ``python -m matvlm COMMAND``: stages that are useful alone, each a few lines over the library.
+
+Whatever a user can get wrong ends in one message on stderr and exit status 1. Training is a flow, not a command: see
+``flows/train_flow.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matvlm.artifacts import Checkpoint, ProfileResult
+from matvlm.config import Evaluate, Profile, load_recipe, split_overrides
+from matvlm.reporting import Reporter
+from matvlm.storage import StorageError, write_json
+from matvlm.tracking import TrackingError, resolve_checkpoint, sync
+from matvlm.tracking.registry import SCHEME
+
+CHECKPOINTS = """\
+A CHECKPOINT is one of
+  runs/NAME/student            a local folder
+  s3://bucket/key              a folder on S3
+  package://NAME               a model that ships with matvlm
+  org/name, org/name@revision  a model of the Hugging Face hub
+  models:/NAME/3               a registered version in MLflow
+  models:/NAME@candidate       a registered alias in MLflow
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (by default those of the process) name; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options.command(options)
+    except (ValueError, StorageError, TrackingError) as error:
+        print(f"matvlm {options.name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m matvlm", description=_first_line(sys.modules["matvlm"].__doc__))
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def add(name: str, run: object, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run)
+        return command
+
+    command = add("inspect", _inspect, "say what a recipe will do, without doing it")
+    command.add_argument("recipe", metavar="RECIPE", help="for instance flows/recipes/easyvqa.yaml")
+    change = "change fields first, for instance distill.epochs=2"
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=change)
+
+    command = add("sync", _sync, "send to MLflow what it has missed of a run")
+    command.add_argument("folder", metavar="FOLDER", help="the run's folder, the one that holds tracking/")
+
+    command = add("evaluate", _evaluate, "let a checkpoint answer the questions of a task", CHECKPOINTS)
+    command.add_argument("checkpoint", metavar="CHECKPOINT")
+    command.add_argument("--task", action="append", metavar="NAME", help="may be repeated; by default easyvqa")
+    command.add_argument("--limit", type=_count, metavar="N", help="questions per task, evenly spaced; by default all")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s"
+    )
+
+    defaults = Profile()
+    command = add("profile", _profile, "measure speed and memory of checkpoints side by side", CHECKPOINTS)
+    command.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="the first is what the others are held against"
+    )
+    contexts = " ".join(map(str, defaults.contexts))
+    command.add_argument("--contexts", nargs="+", type=_count, metavar="N", help=f"in tokens; default: {contexts}")
+    command.add_argument("--repeats", type=_count, default=defaults.repeats, metavar="N", help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FILE", help="also write every figure to this JSON file")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, [override for text in options.set for override in split_overrides(text)])
+    from matvlm.inspection import describe
+
+    print(describe(recipe), end="")
+
+
+def _sync(options: argparse.Namespace) -> None:
+    print(f"{sync(options.folder):,} events sent")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from matvlm.evaluate import evaluate
+    from matvlm.inspection import table
+
+    (checkpoint,) = _checkpoints([options.checkpoint])
+    settings = Evaluate(tasks=options.task) if options.task else Evaluate()
+    result = evaluate(checkpoint, settings, options.limit, options.out, Reporter(), _device())
+    print(table([[name, f"{value:.2%}"] for name, value in result.metrics.items()]))
+    print(f"{result.num_questions:,} questions in {result.seconds:.0f} s; every answer is in {result.samples_uri}")
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from matvlm.profiling import profile
+
+    chosen = {"contexts": options.contexts} if options.contexts else {}
+    settings = Profile(repeats=options.repeats, **chosen)
+    result = profile(_checkpoints(options.checkpoints), settings, Reporter(), _device())
+    if options.out:
+        write_json(options.out, result.model_dump(mode="json"))
+    print(_profile_table(result))
+    print(*(f"{name}: {value}" for name, value in result.machine.items()), sep="\n")
+
+
+def _profile_table(result: ProfileResult) -> str:
+    """Every point in figures, and after ``x`` as ratio to the first model, above 1 meaning more of it."""
+    from matvlm.inspection import table
+    from matvlm.profiling import compare
+
+    ratios = {(row.label, row.context): row for row in compare(result, baseline=result.points[0].label)}
+    rows = [["", "context", "prefill ms", "speed", "decode tokens/s", "speed", "cache MiB", "size"]]
+    for point in result.points:
+        ratio = ratios.get((point.label, point.context))
+        held = (ratio.prefill_speed, ratio.decode_speed, ratio.cache_bytes) if ratio else ()
+        prefill, decode, cache = [f"x {value:.2f}" for value in held] or [""] * 3
+        rows.append(
+            [
+                point.label,
+                f"{point.context:,}",
+                f"{point.prefill_seconds * 1000:,.1f}",
+                prefill,
+                f"{point.decode_tokens_per_second:,.1f}",
+                decode,
+                f"{point.cache_bytes / 2**20:,.2f}",
+                cache,
+            ]
+        )
+    return table(rows)
+
+
+def _checkpoints(specs: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints, labelled by the last part of their names, or by the whole names where these are alike."""
+    labels = [_label(spec) for spec in specs]
+    labels = labels if len(set(labels)) == len(labels) else list(specs)
+    return [Checkpoint(uri=resolve_checkpoint(spec), label=label) for spec, label in zip(specs, labels, strict=True)]
+
+
+def _label(spec: str) -> str:
+    if spec.startswith(SCHEME):
+        return spec.removeprefix(SCHEME)
+    return spec.rstrip("/").rpartition("/")[2]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0].partition(": ")[2]

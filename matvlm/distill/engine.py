@@ -1,0 +1,170 @@
+"""Two engines behind one interface: plain torch, and DeepSpeed where it is installed and there is a GPU.
+
+An engine owns the optimiser. ``backward`` adds gradients, ``step`` clips, updates and clears them. Its ``state`` is the
+fp32 master weights and Adam moments of the trained parameters by name, the same for both engines, so a run may be
+continued by the other one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matvlm.config import Distill, Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    name: str
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of ``loss``, one micro-batch's share of the update's loss; ``last`` closes the update."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear the gradients; returns their total norm before clipping."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Per trained parameter: ``value`` (fp32), ``exp_avg``, ``exp_avg_sq`` and ``step``."""
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None: ...
+
+
+def make_engine(model: nn.Module, parameters: dict[str, nn.Parameter], settings: Distill, device: str) -> Engine:
+    """The engine that ``settings.engine`` names; ``auto`` is DeepSpeed on a GPU where it is installed, else torch.
+
+    Raises:
+        ValueError: DeepSpeed is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("deepspeed") is not None
+    if settings.engine == "deepspeed" and not installed:
+        raise ValueError("distill.engine is 'deepspeed', which is not installed: pip install deepspeed, or use 'torch'")
+    if settings.engine == "deepspeed" or (settings.engine == "auto" and installed and device != "cpu"):
+        return DeepSpeedEngine(model, parameters, settings, device)
+    return TorchEngine(parameters, settings)
+
+
+class TorchEngine:
+    name = "torch"
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill):
+        self.parameters, self.settings = parameters, settings
+        self.optimizer = adamw(parameters, settings.optimizer)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.optimizer.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {"value": parameter.detach().float().clone()}
+            | {key: value.clone() for key, value in self.optimizer.state[parameter].items()}
+            for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, parameter in self.parameters.items():
+            saved = dict(state[name])
+            parameter.copy_(saved.pop("value"))
+            self.optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device, parameter.dtype, copy=True)
+                for key, value in saved.items()
+            }
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO; the client optimiser is torch's AdamW, so nothing needs a compiler."""
+
+    name = "deepspeed"
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], settings: Distill, device: str):
+        self.parameters, self.settings = parameters, settings
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.startswith("cuda") else "cpu")
+        import deepspeed
+
+        _single_process_rendezvous()
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU extra that would compile for minutes
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=list(parameters.values()),
+            optimizer=adamw(parameters, settings.optimizer),
+            config=self._config(),
+        )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        steps = torch.tensor(float(self.engine.global_steps))
+        return {
+            name: {"value": safe_get_full_fp32_param(parameter).cpu(), "step": steps.clone()}
+            | {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            safe_set_full_fp32_param(parameter, state[name]["value"].to(parameter.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
+
+    def _config(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+            "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
+            "gradient_clipping": settings.optimizer.clip_grad_norm,
+            "zero_optimization": {"stage": settings.deepspeed.zero_stage},
+            "zero_allow_untested_optimizer": True,
+        }
+
+
+def adamw(parameters: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """torch's AdamW with weight decay on matrices only."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+
+
+def _single_process_rendezvous() -> None:
+    """What torchrun would have set; DeepSpeed looks for MPI otherwise."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,161 @@
+"""Teacher and student in one model: they share every frozen weight, and only what was replaced exists twice.
+
+The student is the hybrid. The teacher is the same module with its original attentions and its original connector put
+back for the length of a ``with`` block; so one copy of the frozen weights serves both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matvlm.data.encoding import Batch
+from matvlm.losses import layer_l2
+from matvlm.models.hybrid import decoder_layers, find_connector, mixers
+
+
+class SharedTrunk:
+    """The hybrid ``student`` together with the ``attentions`` it replaced and the teacher's ``connector``."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
+        """Take what the student lacks from ``teacher``, which is not needed afterwards.
+
+        Raises:
+            ValueError: ``student`` is not a hybrid of ``teacher``'s architecture.
+        """
+        self.student = student
+        layers, originals = decoder_layers(student), decoder_layers(teacher)
+        if not mixers(student) or len(layers) != len(originals) or mixers(teacher):
+            raise ValueError("the student must be a hybrid of the teacher: same number of layers, some replaced")
+        self.attentions = {index: originals[index].self_attn.requires_grad_(False) for index in mixers(student)}
+        connector = find_connector(teacher)
+        self.connector = None if connector is None else copy.deepcopy(connector).requires_grad_(False)
+
+    def layer_loss(self, batch: Batch, layer_inputs: str) -> LayerLoss:
+        """The layer loss of ``batch``, taken as ``recipe.distill.loss.layer_inputs`` says; see ``LayerLoss``."""
+        return TeacherForced(self, batch) if layer_inputs == "teacher_forced" else StudentForced(self, batch)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[PreTrainedModel]:
+        """The model with the teacher's weights in every place; the student's come back at the end."""
+        layers: Any = decoder_layers(self.student)
+        replaced = mixers(self.student)
+        theirs = find_connector(self.student)
+        try:
+            for index, attention in self.attentions.items():
+                layers[index].self_attn = attention
+            _swap_connector(self.student, theirs, self.connector)
+            yield self.student
+        finally:
+            for index, mixer in replaced.items():
+                layers[index].self_attn = mixer
+            _swap_connector(self.student, self.connector, theirs)
+
+
+class LayerLoss:
+    """``sum over replaced layers and real positions of mean_H (mixer - attention)^2``, divided by the layers.
+
+    Use it around the student's forward pass; afterwards ``value()`` is the sum, a float32 scalar with gradient.
+    """
+
+    def __init__(self, trunk: SharedTrunk, batch: Batch):
+        self.trunk, self.batch = trunk, batch
+        self.mask = batch.inputs["attention_mask"].bool()
+
+    def __enter__(self) -> LayerLoss:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
+
+    def _mean(self, sums: list[Tensor]) -> Tensor:
+        return torch.stack(sums).mean()
+
+
+class TeacherForced(LayerLoss):
+    """The paper's: each mixer is fed the hidden state that the teacher's attention saw.
+
+    The teacher runs once, without gradient, and stops behind its last replaced attention; it has no head.
+    """
+
+    def value(self) -> Tensor:
+        sums = []
+        for index, (hidden, kwargs, expected) in self._teacher_pass().items():
+            output, _ = mixers(self.trunk.student)[index](hidden_states=hidden, **kwargs)
+            sums.append(layer_l2(output, expected, self.mask))
+        return self._mean(sums)
+
+    @torch.no_grad()
+    def _teacher_pass(self) -> dict[int, tuple[Tensor, dict[str, Any], Tensor]]:
+        seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
+        last = max(self.trunk.attentions)
+
+        def remember(index: int, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = kwargs.pop("hidden_states")
+            seen[index] = (hidden, kwargs, output[0])
+            if index == last:
+                raise _Enough
+
+        hooks = [_watch(attention, index, remember) for index, attention in self.trunk.attentions.items()]
+        try:
+            with self.trunk.as_teacher() as teacher:
+                teacher.base_model(**self.batch.inputs, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+
+class StudentForced(LayerLoss):
+    """Each mixer is compared with the original attention on the student's own hidden state: no teacher pass at all."""
+
+    def __enter__(self) -> LayerLoss:
+        self.sums: list[Tensor] = []
+        self.hooks = [_watch(mixer, index, self._compare) for index, mixer in mixers(self.trunk.student).items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def value(self) -> Tensor:
+        return self._mean(self.sums)
+
+    def _compare(self, index: int, kwargs: dict[str, Any], output: Any) -> None:
+        with torch.no_grad():
+            expected = self.trunk.attentions[index](**kwargs)[0]
+        self.sums.append(layer_l2(output[0], expected, self.mask))
+
+
+class _Enough(Exception):
+    """The teacher has run as far as it is needed."""
+
+
+def _watch(module: nn.Module, index: int, call: Any) -> Any:
+    """Call ``call(index, keyword arguments, output)`` after each forward of ``module``."""
+
+    def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call(index, dict(kwargs), output)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _swap_connector(model: PreTrainedModel, present: nn.Module | None, wanted: nn.Module | None) -> None:
+    if present is None or wanted is None:
+        return
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is present:
+                setattr(parent, name, wanted)
+                return

@@ -1,0 +1,106 @@
+"""From where a model is (``package://NAME``, ``s3://``, a folder, a hub id) to a local folder, and to the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from matvlm.artifacts import Checkpoint
+from matvlm.models import hybrid
+from matvlm.models.hybrid import ModelFolderError
+from matvlm.storage import local_copy
+
+PACKAGE = "package://"
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""What ``hybrid.load`` may read; a hub model's code and pickles stay where they are."""
+
+
+def locate(uri: str, revision: str | None = None) -> Path:
+    """The local folder of the model at ``uri``, fetched first if it is on S3 or on the Hugging Face hub.
+
+    Args:
+        uri: ``package://NAME`` (shipped with matvlm), ``s3://bucket/key``, a local folder or a hub id ``org/name``,
+            also ``org/name@revision``; a local folder goes before a hub id of the same name.
+        revision: of a hub id that names none: branch, tag or commit.
+
+    Raises:
+        ModelFolderError: there is no such shipped model, or no such folder and the hub does not give it either.
+        StorageError: nothing is at that path or S3 address, or it cannot be fetched.
+    """
+    if uri.startswith(PACKAGE):
+        return package_folder(uri)
+    hub_id = HUB_ID.fullmatch(uri)
+    if hub_id and not Path(uri).exists():
+        return _from_hub(hub_id[1], hub_id[2] or revision)
+    return local_copy(uri)
+
+
+def load(
+    uri: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Model, in evaluation mode, and processor of ``uri``; see ``locate`` and ``hybrid.load``.
+
+    ``dtype`` None keeps that of the files, except on a CPU, which is slow at half precision: there it is float32.
+
+    Raises:
+        ModelFolderError, StorageError: as ``locate`` and ``hybrid.load`` do.
+    """
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    return hybrid.load(locate(uri, revision), dtype=dtype, device=device)
+
+
+def describe(uri: str, label: str) -> Checkpoint:
+    """What the model folder at ``uri`` says of itself: replaced layers, initialisation, updates; no weights are read.
+
+    Raises:
+        ModelFolderError, StorageError: as ``locate`` does, or its config.json is missing or is not JSON.
+    """
+    path = locate(uri) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: cannot be read: {error}") from None
+    section = config.get(hybrid.SECTION) or {}
+    return Checkpoint(
+        uri=uri,
+        label=label,
+        init=section.get("init"),
+        layers=section.get("layers", []),
+        updates=section.get("provenance", {}).get("updates", 0),
+    )
+
+
+def package_folder(uri: str) -> Path:
+    """The folder of a model that ships with matvlm.
+
+    Raises:
+        ModelFolderError: none has that name; the message lists those that ship.
+    """
+    assets = Path(str(files("matvlm"))) / "assets"
+    shipped = {folder.name: folder for folder in assets.glob("*") if (folder / "config.json").is_file()}
+    name = uri.removeprefix(PACKAGE)
+    if name not in shipped:
+        raise ModelFolderError(
+            f"{uri}: matvlm ships no model {name!r}; it ships: {', '.join(sorted(shipped)) or 'none'}"
+        )
+    return shipped[name]
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # among them those of the HTTP client, whichever that is
+        reason = " ".join(str(error).split())
+        raise ModelFolderError(
+            f"{name}: no such local folder, and the hub does not give a model of this name: {reason}"
+        ) from error

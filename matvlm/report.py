@@ -1,0 +1,140 @@
+"""A run's results side by side: the accuracy table, the speed and memory table, and a page of answered questions."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matvlm import plots
+from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
+from matvlm.evaluate import ComparedSample
+from matvlm.profiling import compare
+from matvlm.reporting import Reporter
+from matvlm.storage import write_bytes, write_json
+
+TEACHER = "teacher"
+
+
+class Row(NamedTuple):
+    """One model of the accuracy table. ``share`` is its accuracy over the teacher's on the teacher's questions."""
+
+    label: str
+    init: str
+    updates: int
+    accuracy: float
+    share: float
+    num_questions: int
+    kinds: dict[str, float]
+    """Accuracy by kind of question, where the task has kinds."""
+
+
+def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task: str) -> list[Row]:
+    """The accuracy of every model on ``task``; the teacher, which must be among them, is the measure of the others."""
+    of_teacher = next(r for r in results if r.label == TEACHER).metrics[f"{task}/accuracy"]
+    return [
+        Row(
+            label=checkpoint.label,
+            init=checkpoint.init or "-",
+            updates=checkpoint.updates if checkpoint.init else 0,
+            accuracy=result.metrics[f"{task}/accuracy"],
+            share=result.metrics[f"{task}/accuracy"] / of_teacher,
+            num_questions=result.num_questions,
+            kinds={
+                name.removeprefix(f"{task}/accuracy_"): value
+                for name, value in result.metrics.items()
+                if name.startswith(f"{task}/accuracy_")
+            },
+        )
+        for checkpoint, result in zip(checkpoints, results, strict=True)
+    ]
+
+
+def write_accuracy(table: Sequence[Row], samples: Sequence[ComparedSample], folder: Path, reporter: Reporter) -> None:
+    """``accuracy.md``, ``accuracy.png`` and ``answers.html`` into ``folder``, kept with the run under ``report``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "accuracy.md", accuracy_table(table).encode())
+    plots.accuracy_bars([row._asdict() for row in table], folder / "accuracy.png")
+    write_gallery(samples, folder / "answers.html")
+    for name in ("accuracy.md", "accuracy.png", "answers.html"):
+        reporter.artifact(folder / name, "report")
+    reporter.metrics({f"accuracy/{row.label}": row.accuracy for row in table})
+
+
+def write_profile(result: ProfileResult, folder: Path, reporter: Reporter) -> None:
+    """``profile.md``, ``profile.json`` and ``profile.png`` into ``folder``, kept with the run under ``report``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "profile.md", profile_table(result).encode())
+    write_json(folder / "profile.json", result.model_dump(mode="json"))
+    plots.speed_memory(result, folder / "profile.png")
+    for name in ("profile.md", "profile.json", "profile.png"):
+        reporter.artifact(folder / name, "report")
+
+
+def accuracy_table(table: Sequence[Row]) -> str:
+    """The accuracy table as Markdown."""
+    head = "| model | initialisation | updates | accuracy | of the teacher's | questions |\n|---|---|--:|--:|--:|--:|\n"
+    return head + "".join(
+        f"| {r.label} | {r.init} | {r.updates} | {r.accuracy:.2%} | {r.share:.1%} | {r.num_questions:,} |\n"
+        for r in table
+    )
+
+
+def profile_table(result: ProfileResult, baseline: str = TEACHER) -> str:
+    """Speed and memory as Markdown, each model at each context, with the ratios to ``baseline``."""
+    ratios = {(c.label, c.context): c for c in compare(result, baseline)}
+    lines = [
+        "| model | context | prefill s | decode tokens/s | cache KiB | prefill x | decode x | cache x |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for point in result.points:
+        ratio = ratios.get((point.label, point.context))
+        relative = (
+            f"{ratio.prefill_speed:.2f} | {ratio.decode_speed:.2f} | {ratio.cache_bytes:.2f}" if ratio else "1 | 1 | 1"
+        )
+        lines.append(
+            f"| {point.label} | {point.context:,} | {point.prefill_seconds:.4f} | "
+            f"{point.decode_tokens_per_second:.1f} | {point.cache_bytes / 1024:,.0f} | {relative} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def headline(table: Sequence[Row], result: ProfileResult, student: str = "student") -> dict[str, float]:
+    """What flow runs are compared by: accuracies, and the student's ratios to the teacher at the longest context."""
+    numbers = {f"accuracy/{row.label}": row.accuracy for row in table}
+    numbers["share_of_teacher"] = next(row.share for row in table if row.label == student)
+    longest = max((c for c in compare(result) if c.label == student), key=lambda c: c.context)
+    return numbers | {
+        "decode_speed_ratio": longest.decode_speed,
+        "prefill_speed_ratio": longest.prefill_speed,
+        "cache_ratio": longest.cache_bytes,
+    }
+
+
+def write_gallery(samples: Sequence[ComparedSample], path: Path) -> None:
+    """One self-contained HTML page: each image with its question, the expected answer and both models' answers."""
+    items = "".join(_figure(sample) for sample in samples)
+    page = (
+        "<!doctype html><meta charset='utf-8'><title>Answers</title><style>"
+        "body{font:15px sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:1.2em}"
+        "figure{width:13em;margin:0;padding:.8em;border:1px solid #ccc;border-radius:6px}"
+        "img{width:100%;image-rendering:pixelated}.right{color:#00734d}.wrong{color:#b03000}"
+        f"</style><h1>Teacher and student on the same questions</h1><main>{items}</main>"
+    )
+    write_bytes(path, page.encode())
+
+
+def _figure(sample: ComparedSample) -> str:
+    def answer(name: str, text: str, right: bool) -> str:
+        mark = "right" if right else "wrong"
+        return f"<div class='{mark}'>{name}: {html.escape(text) or '(nothing)'} ({mark})</div>"
+
+    image = base64.b64encode(sample.png).decode()
+    return (
+        f"<figure><img alt='{html.escape(sample.id)}' src='data:image/png;base64,{image}'>"
+        f"<figcaption><b>{html.escape(sample.question)}</b><div>expected: {html.escape(sample.expected)}</div>"
+        f"{answer('teacher', sample.teacher_answer, sample.teacher_right)}"
+        f"{answer('student', sample.student_answer, sample.student_right)}</figcaption></figure>"
+    )

@@ -1,0 +1,225 @@
+"""The command line: each command does its stage on real models, and whatever a user gets wrong is one message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import matvlm
+from matvlm.artifacts import Checkpoint, ProfileResult
+from matvlm.cli import main
+from matvlm.config import Evaluate, Teacher
+from matvlm.evaluate import evaluate
+from matvlm.init import convert_
+from matvlm.models import hybrid, locate, small
+from matvlm.models.hybrid import ModelFolderError
+from matvlm.reporting import Reporter
+from matvlm.storage import StorageError
+from matvlm.tracking import Tracker
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "flows" / "recipes" / "debug.yaml")
+SIZES = small.SmallVLM(
+    image_size=32, vision_hidden=32, vision_layers=1, vision_heads=2, vision_mlp=64, hidden=32, layers=4, heads=2
+)
+WORDS = "is there a red green blue circle triangle rectangle shape what color in the image ? yes no"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ``teacher`` in bfloat16, and a ``student`` of which two layers are Mamba-2."""
+    folder = tmp_path_factory.mktemp("models")
+    processor = small.build_processor(SIZES, small.build_tokenizer([WORDS]))
+    model = small.build_model(SIZES, processor.tokenizer)
+    hybrid.save(small.build_model(SIZES, processor.tokenizer).bfloat16(), processor, folder / "teacher", {})
+    convert_(model, [0, 2], "aligned")
+    hybrid.save(model, processor, folder / "student", {})
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with MLflow's own default in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def cells(line: str) -> list[str]:
+    return line.replace("x ", "").split()
+
+
+def test_help_names_every_command_and_starts_fast() -> None:
+    done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("inspect", "sync", "evaluate", "profile"):
+        assert f"\n    {name} " in done.stdout
+
+
+def test_an_error_of_the_process_is_one_message_and_status_1() -> None:
+    command = [sys.executable, "-m", "matvlm", "inspect", "nowhere.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    message = "matvlm inspect: nowhere.yaml: cannot read the recipe: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+def test_inspect_shows_the_recipe_with_its_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--set", "seed=3 targets.top_k=16", "distill.max_updates=5", "--set", "distill.schedule={}"]
+    assert main(["inspect", RECIPE, *overrides]) == 0
+    text = capsys.readouterr().out
+    assert "\n  seed: 3\n" in text
+    assert "66 B per answer token (top 16" in text
+    assert "5 in all: 0 warm-up, 5 stable" in text
+
+
+def test_evaluate_says_what_the_stage_says(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(models / "student"), "--task", "easyvqa", "--limit", "24", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[:-1])
+    checkpoint = Checkpoint(uri=str(models / "student"), label="student")
+    expected = evaluate(checkpoint, Evaluate(), 24, tmp_path / "again", Reporter())
+    assert printed == {name: f"{value:.2%}" for name, value in expected.metrics.items()}
+    assert json.loads((tmp_path / "results.json").read_text())["num_questions"] == 24
+
+
+def test_profile_compares_with_the_first(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specs = [str(models / "teacher"), str(models / "student")]
+    out = tmp_path / "profile.json"
+    assert main(["profile", *specs, "--contexts", "16", "1024", "--repeats", "1", "--out", str(out)]) == 0
+    rows = {(row[0], row[1]): row for row in map(cells, capsys.readouterr().out.splitlines()[1:5])}
+    assert set(rows) == {(label, context) for label in ("teacher", "student") for context in ("16", "1,024")}
+    points = {(p.label, p.context): p for p in ProfileResult.model_validate_json(out.read_text()).points}
+    for context, name in ((16, "16"), (1024, "1,024")):
+        teacher, student = points["teacher", context], points["student", context]
+        assert len(rows["teacher", name]) == 5
+        prefill, prefill_ratio, decode, decode_ratio, cache, cache_ratio = rows["student", name][2:]
+        assert (prefill, decode) == (
+            f"{student.prefill_seconds * 1000:,.1f}",
+            f"{student.decode_tokens_per_second:,.1f}",
+        )
+        assert cache == f"{student.cache_bytes / 2**20:,.2f}"
+        assert prefill_ratio == f"{teacher.prefill_seconds / student.prefill_seconds:.2f}"
+        assert decode_ratio == f"{student.decode_tokens_per_second / teacher.decode_tokens_per_second:.2f}"
+        assert cache_ratio == f"{student.cache_bytes / teacher.cache_bytes:.2f}"
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "teacher").symlink_to(models / "student")
+    specs = [str(models / "teacher"), str(tmp_path / "teacher")]
+    assert main(["profile", *specs, "--contexts", "8", "--repeats", "1"]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:3]] == specs
+
+
+def test_a_registered_checkpoint_is_found_by_alias_and_sent_by_sync(
+    models: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = elsewhere / "runs" / "one"
+    tracker = Tracker("one", root, "matvlm", f"sqlite:///{elsewhere / 'mlflow.db'}")
+    tracker.parent({}, {})
+    assert tracker.register("matvlm", str(models / "student"), "student", {}) == "1"
+    tracker.summary({"accuracy": 0.5})
+    assert main(["profile", "models:/matvlm@candidate", "--contexts", "8", "--repeats", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("matvlm@candidate ")
+    assert sorted(hybrid.mixers(matvlm.load("models:/matvlm/1")[0])) == [0, 2]
+    assert main(["sync", str(root)]) == 0
+    assert capsys.readouterr().out == "0 events sent\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", RECIPE, "--set", "distill.lr=1"], "debug.yaml: distill.lr: unknown key"),
+        (["inspect", RECIPE, "--set", "hybrid.layers=[0, 1"], "the value is not valid YAML"),
+        (["inspect", RECIPE, "--set", "hybrid.layers=[0, 99]"], "99"),
+        (["sync", "nowhere"], "nowhere/tracking: no journals"),
+        (["evaluate", "./nowhere"], "./nowhere: no such file or folder"),
+        (["evaluate", "package://nothing"], "matvlm ships no model 'nothing'; it ships: "),
+        (["evaluate", "{models}/student", "--task", "mme"], "unknown task 'mme'; known are easyvqa"),
+        (["evaluate", "models:/matvlm"], "expected models:/NAME/VERSION"),
+        (["profile", "{models}"], "no config.json there: not a model folder"),
+        (["profile", "ftp://host/model"], "neither a local path nor s3://"),
+        (["profile", "nobody/nothing"], "nobody/nothing: no such local folder, and the hub does not give"),
+        (["profile", "{models}/student", "{models}/student"], "every checkpoint needs a label of its own"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_message(
+    models: Path,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main([word.format(models=models) for word in arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"matvlm {arguments[0]}: ")
+    assert message in last
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many", "1.5"])
+def test_a_number_that_is_none_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "x", f"--limit={limit}"])
+    assert stop.value.code == 2
+    assert f"must be a whole number of at least 1, got {limit}" in capsys.readouterr().err
+
+
+def test_half_precision_is_read_as_float32_on_a_cpu_only(models: Path) -> None:
+    teacher = str(models / "teacher")
+    model, processor = matvlm.load(teacher)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert processor.image_token == "<image>"
+    assert locate.load(teacher, "meta")[0].dtype == torch.bfloat16
+    assert locate.load(teacher, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_local_folder_goes_before_a_hub_id(models: Path, elsewhere: Path) -> None:
+    (elsewhere / "org").mkdir()
+    (elsewhere / "org" / "name").symlink_to(models / "student")
+    assert sorted(hybrid.mixers(locate.load("org/name")[0])) == [0, 2]
+
+
+def test_a_hub_model_is_opened_from_the_hub_cache(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--org--name"
+    for revision, label in (("main", "teacher"), ("v2", "student")):
+        commit = revision[0] * 40
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        (repository / "snapshots").mkdir(exist_ok=True)
+        (repository / "snapshots" / commit).symlink_to(models / label)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert sorted(hybrid.mixers(locate.load("org/name")[0])) == []
+    named = Teacher(model="org/name", revision="v2").uri
+    assert named == "org/name@v2"
+    assert locate.locate(named) == locate.locate("org/name", revision="v2")
+    assert sorted(hybrid.mixers(locate.load(named)[0])) == [0, 2]
+    assert locate.describe(named, "student").layers == [0, 2]
+    with pytest.raises(ModelFolderError, match="org/name: no such local folder"):
+        locate.locate("org/name@v3")
+
+
+def test_package_names_do_not_leave_the_package() -> None:
+    for name in ("package://", "package://../config", "package://easyvqa-teacher/.."):
+        with pytest.raises(ModelFolderError, match="ships no model"):
+            locate.locate(name)
+
+
+def test_a_typing_error_in_a_path_is_no_hub_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for path in ("runs/one/student", "./student", "/nowhere/student", "student"):
+        with pytest.raises(StorageError, match="no such file or folder"):
+            locate.locate(path)
