@@ -1,13 +1,13 @@
 """The charts of the cards: Vega-Lite specifications as plain dictionaries, drawn by the page itself without a network.
 
-A chart is as wide as its place. Numbers that JSON does not have (a diverged loss is NaN) are left out of every chart: one
-of them would keep the whole page from being read.
+Numbers that JSON does not have (a diverged loss is NaN) are left out of every chart: one of them would keep the whole
+page from being read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matvlm.plots import COLOURS
@@ -15,15 +15,25 @@ from matvlm.plots import COLOURS
 Row = Mapping[str, Any]
 Spec = dict[str, Any]
 
+NARROW = 320
+"""Pixels of a chart that shares a row with another."""
+
 CURVE_POINTS = 400
 """A curve with twice as many points is thinned to half of them."""
 
 _LOOK: Spec = {
     "view": {"stroke": None},
     "font": "Roboto, Helvetica Neue, Arial, sans-serif",
-    "axis": {"gridColor": "#ececec", "domainColor": "#999", "tickColor": "#999", "labelFontSize": 12, "titleFontSize": 12},
+    "axis": {
+        "gridColor": "#ececec",
+        "domainColor": "#999",
+        "tickColor": "#999",
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+    },
     "axisX": {"grid": False},
-    "legend": {"orient": "top", "title": None, "labelFontSize": 12, "symbolType": "circle"},
+    "legend": {"orient": "top", "title": None, "labelFontSize": 12, "symbolType": "stroke", "symbolStrokeWidth": 3},
+    "background": "transparent",
     "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 12},
 }
 
@@ -34,20 +44,29 @@ class Curves:
     ``spec`` is the chart; the points in it are added to in place, so a component that holds it needs no update.
     """
 
-    def __init__(self, title: str, *, log: bool = False, height: int = 260, number_format: str = "~g"):
+    def __init__(self, title: str, *, log: bool = False, single: bool = False, number_format: str = "~g"):
+        """``log``: a logarithmic axis while all values are positive. ``single``: one series, in a narrow chart."""
         self._points: list[dict[str, Any]] = []
         self._seen: dict[str, int] = {}
         self._every = 1
-        self._log = log
-        self._y: Spec = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-        self._y["axis"] = {"format": number_format, "tickCount": 5}
-        self.spec = _chart(title, self._points, height)
+        self._y: Spec = {
+            "field": "value",
+            "type": "quantitative",
+            "title": None,
+            "axis": {"format": number_format, "tickCount": 5},
+            "scale": {"type": "log" if log else "linear", "nice": False},
+        }
+        self.spec = _chart(title, self._points, 150 if single else 260)
+        if single:
+            self.spec["width"] = NARROW
         self.spec["mark"] = {"type": "line", "strokeWidth": 1.8, "interpolate": "linear", "tooltip": True}
         self.spec["encoding"] = {
             "x": {"field": "update", "type": "quantitative", "title": "optimiser update", "axis": {"tickMinStep": 1}},
             "y": self._y,
             "color": {"field": "series", "type": "nominal", "scale": {"range": list(COLOURS)}, "sort": None},
         }
+        if single:
+            self.spec["encoding"]["color"]["legend"] = None
 
     def add(self, update: int, values: Mapping[str, float]) -> None:
         """One more point of each of the series in ``values``; not finite ones are skipped."""
@@ -56,10 +75,10 @@ class Curves:
             self._seen[series] = seen + 1
             if seen % self._every == 0 and math.isfinite(value):
                 self._points.append({"update": update, "series": series, "value": float(f"{value:.5g}")})
+                if value <= 0:
+                    self._y["scale"]["type"] = "linear"
         if len(self._points) >= 2 * CURVE_POINTS * len(self._seen):
             self._thin()
-        if self._log:
-            self._y["scale"] = {"type": "log" if all(p["value"] > 0 for p in self._points) else "symlog"}
 
     def _thin(self) -> None:
         by_series = {name: [p for p in self._points if p["series"] == name] for name in self._seen}
@@ -72,7 +91,13 @@ def accuracy_bars(rows: Sequence[Row]) -> Spec:
     data = [{"model": row["label"], "percent": 100 * row["accuracy"]} for row in _finite(rows, "accuracy")]
     spec = _chart("Accuracy", data, {"step": 34})
     model = {"field": "model", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
-    percent = {"field": "percent", "type": "quantitative", "title": "correct answers [%]", "scale": {"domain": [0, 100]}}
+    percent = {
+        "field": "percent",
+        "type": "quantitative",
+        "title": "correct answers [%]",
+        "scale": {"domain": [0, 107]},
+    }
+    percent["axis"] = {"values": [0, 20, 40, 60, 80, 100]}
     spec["encoding"] = {"y": model, "x": percent}
     colour = {"field": "model", "type": "nominal", "sort": None, "legend": None, "scale": {"range": list(COLOURS)}}
     spec["layer"] = [
@@ -85,11 +110,12 @@ def accuracy_bars(rows: Sequence[Row]) -> Spec:
     return spec
 
 
-def over_context(title: str, unit: str, points: Iterable[tuple[str, int, float]]) -> Spec:
+def over_context(title: str, unit: str, points: Sequence[tuple[str, int, float]]) -> Spec:
     """One line per model over the context length, from zero. ``points`` are (label, context in tokens, value)."""
     data = [{"model": label, "context": context, "value": value} for label, context, value in points]
-    contexts = sorted({row["context"] for row in data})
+    contexts = sorted({context for _, context, _ in points})
     spec = _chart(title, _finite(data, "value"), 240)
+    spec["width"] = NARROW
     spec["mark"] = {"type": "line", "point": {"size": 55, "filled": True}, "strokeWidth": 2, "tooltip": True}
     spec["encoding"] = {
         "x": {

@@ -148,8 +148,7 @@ class Loss(Section):
 
 
 class DeepSpeed(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    offload_optimizer: bool = False
+    zero_stage: Literal[1, 2] = 2
 
 
 class Distill(Section):

@@ -100,8 +100,8 @@ def _finished(folder: Path, made_with: dict[str, Any]) -> DataManifest:
     try:
         manifest = DataManifest.model_validate({**record["manifest"], "uri": str(folder)})
         found = dict(record["made_with"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST}: not a manifest ({error!r}); remove the folder to make it anew") from None
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{folder / MANIFEST}: not a manifest of prepared data; remove the folder") from None
     for field in sorted(found.keys() | made_with.keys()):
         if found.get(field) != made_with.get(field):
             raise DataError(
@@ -148,7 +148,7 @@ class _CheckedRows:
         if self.encoder is None:
             return
         try:
-            self.encoder.encode(row["id"], image, turns_of(row))
+            self.encoder.encode(row["id"], image, turns_of(row)[:1])  # later turns may be cut off
         except TemplateError:
             raise
         except TooLong as error:

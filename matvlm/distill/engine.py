@@ -118,20 +118,38 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        steps = torch.tensor(float(self.engine.global_steps))
+        steps = self._moments()[0].cpu()
         return {
             name: {"value": safe_get_full_fp32_param(parameter).cpu(), "step": steps.clone()}
             | {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
             for name, parameter in self.parameters.items()
         }
 
+    @torch.no_grad()
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        for steps in self._moments():
+            steps.copy_(next(iter(state.values()))["step"])
         for name, parameter in self.parameters.items():
+            parameter.copy_(state[name]["value"])
             safe_set_full_fp32_param(parameter, state[name]["value"].to(parameter.device))
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
+
+    def _moments(self) -> list[Tensor]:
+        """Make sure that all Adam moments exist and are linked to their parameters; returns each group's step count.
+
+        ZeRO links them in its first step, but only those of the first parameter group, and before that there are none.
+        """
+        inner = self.optimizer.optimizer.state
+        for flat in self.optimizer.single_partition_of_fp32_groups:
+            inner[flat].setdefault("step", torch.tensor(0.0))
+            for key in MOMENTS:
+                inner[flat].setdefault(key, torch.zeros_like(flat))
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+        return [inner[flat]["step"] for flat in self.optimizer.single_partition_of_fp32_groups]
 
     def _config(self) -> dict[str, Any]:
         settings = self.settings

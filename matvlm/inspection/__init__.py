@@ -212,7 +212,7 @@ def _cache(recipe: Recipe, model: _Model) -> str:
 
 
 def _memory(recipe: Recipe, model: _Model) -> str:
-    """ZeRO stages 1, 2 and 3 split the optimiser, the gradients and the weights over the GPUs."""
+    """ZeRO stage 1 splits the optimiser over the GPUs, stage 2 the gradients too."""
     distill, gpus = recipe.distill, recipe.resources.gpu
     sharded = distill.engine == "deepspeed" or (distill.engine == "auto" and gpus > 0)
     stage, devices = (distill.deepspeed.zero_stage, max(gpus, 1)) if sharded else (0, 1)
@@ -223,11 +223,10 @@ def _memory(recipe: Recipe, model: _Model) -> str:
     activation_bytes = 2 if distill.autocast == "bfloat16" else value_bytes
     tokens = distill.micro_batch_size * recipe.data.max_length
     per_token = saved_bytes_per_token(model.config, len(model.originals), activation_bytes)
-    optimizer = 0 if distill.deepspeed.offload_optimizer and sharded else trained * (ADAM_BYTES + master)
     sizes = {
-        "weights, replaced attention included": sum(map(_bytes, weights)) // (devices if stage >= 3 else 1),
+        "weights, replaced attention included": sum(map(_bytes, weights)),
         "gradients": trained * GRADIENT_BYTES // (devices if stage >= 2 else 1),
-        "optimiser": optimizer // (devices if stage >= 1 else 1),
+        "optimiser": trained * (ADAM_BYTES + master) // devices,
         f"activations, {distill.micro_batch_size} x {recipe.data.max_length} tokens at most": tokens * per_token,
     }
     rows = [[name, f"about {_size(size)}"] for name, size in [*sizes.items(), ("sum", sum(sizes.values()))]]
