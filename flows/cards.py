@@ -24,8 +24,8 @@ from matvlm.reporting import Reporter
 if TYPE_CHECKING:
     from matvlm.evaluate import ComparedSample
 
-REFRESH_SECONDS = 15.0
-"""Between two updates of a page. Each starts a process that imports the flow anew, on the cores that train: 0.4 s of a
+REFRESH_SECONDS = 10.0
+"""Between two updates of a page. Each starts a process that imports the flow anew, on the cores that train: 0.6 s of a
 core for a flow that imports little, 6 s for one that imports torch and transformers."""
 
 
@@ -38,7 +38,7 @@ class _Bar(ProgressBar):
 
 
 class LiveCard(Reporter):
-    """The card ``id`` of the running step, with a title (Markdown) and a progress bar.
+    """The card ``id`` of the running step, with a title and a progress bar.
 
     What was reported last is always shown in the end: Metaflow draws the page once more when the step is over.
     """
@@ -51,7 +51,7 @@ class LiveCard(Reporter):
         self._bar = _Bar(label=self.unit)
         self._first: tuple[float, int] | None = None
         self._refreshed = -math.inf
-        self.append(Markdown(f"# {title}"), self._bar)
+        self.append(Markdown("# " + title.replace("<", "‹")), self._bar)
 
     def append(self, *components: Any) -> None:
         """Add Metaflow card components below what is there."""
@@ -154,9 +154,7 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], samples: Sequence[Compare
     """Fill the card ``compare`` with the models' accuracies and with questions as teacher and student answered them.
 
     Args:
-        rows: one mapping per model, the teacher's first: ``label`` and ``accuracy`` in [0, 1]; where known ``init``,
-            ``updates``, ``num_questions``, ``share`` (of the teacher's accuracy) and ``kinds``, a mapping from the kind
-            of question to its accuracy.
+        rows: a mapping per model with the fields of ``matvlm.report.Row``; accuracies are in [0, 1].
         samples: from ``matvlm.evaluate.compare_samples``.
     """
     page = _page("compare")
@@ -168,15 +166,15 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], samples: Sequence[Compare
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]]) -> Table:
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row.get("kinds") or {}))
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
     columns = {
-        "model": [str(row["label"]) for row in rows],
-        "initialised": [str(row.get("init") or "") for row in rows],
-        "updates": [_count(row.get("updates")) for row in rows],
+        "model": [row["label"] for row in rows],
+        "initialised": [row["init"] for row in rows],
+        "updates": [f"{row['updates']:,}" for row in rows],
         "accuracy": [_percent(row["accuracy"]) for row in rows],
-        "of the teacher's": [_percent(row.get("share")) for row in rows],
-        **{kind.replace("_", "/"): [_percent((row.get("kinds") or {}).get(kind)) for row in rows] for kind in kinds},
-        "questions": [_count(row.get("num_questions")) for row in rows],
+        "of the teacher's": [_percent(row["share"]) for row in rows],
+        **{kind.replace("_", "/"): [_percent(row["kinds"].get(kind)) for row in rows] for kind in kinds},
+        "questions": [f"{row['num_questions']:,}" for row in rows],
     }
     return _table(columns)
 
@@ -205,7 +203,7 @@ def _ratios(result: ProfileResult, baseline: str) -> Table:
     ratios = compare(result, baseline)
     columns = {
         f"against {baseline}": [ratio.label for ratio in ratios],
-        "context": [_count(ratio.context) for ratio in ratios],
+        "context": [f"{ratio.context:,}" for ratio in ratios],
         "prefill speed": [_times(ratio.prefill_speed) for ratio in ratios],
         "decoding speed": [_times(ratio.decode_speed) for ratio in ratios],
         "cache size": [_times(ratio.cache_bytes) for ratio in ratios],
@@ -218,7 +216,7 @@ def _figures(result: ProfileResult) -> Table:
     points = result.points
     columns = {
         "model": [p.label for p in points],
-        "context": [_count(p.context) for p in points],
+        "context": [f"{p.context:,}" for p in points],
         "prefill [ms]": [_number(1000 * p.prefill_seconds) for p in points],
         "decoding [tokens / s]": [_number(p.decode_tokens_per_second) for p in points],
         "cache [MiB]": [_number(p.cache_bytes / 2**20) for p in points],
@@ -252,10 +250,6 @@ def _percent(share: float | None) -> str:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}\N{NO-BREAK SPACE}×"
-
-
-def _count(number: int | None) -> str:
-    return "" if number is None else f"{number:,}"
 
 
 def _number(value: float) -> str:

@@ -2,8 +2,8 @@
 
     python flows/eval_flow.py run --checkpoint models:/matvlm@candidate
 
-A checkpoint is a folder, ``s3://...``, ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``package://NAME`` or a hub id. The
-recipe gives tasks, limits and contexts; the model it names as teacher is the baseline of the speed ratios.
+A checkpoint is a folder, ``s3://...``, ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``package://NAME`` or a hub
+id. The recipe gives tasks, limits and contexts; the model it names as teacher is the baseline of the speed ratios.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class EvalFlow(FlowSpec):
         from matvlm.models.locate import describe
         from matvlm.tracking import resolve_checkpoint
 
-        uri = resolve_checkpoint(self.checkpoint)
-        self.model = describe(uri, label="student").model_dump(mode="json")
+        with support.clear_errors("start"):
+            uri = resolve_checkpoint(self.checkpoint)
+            self.model = describe(uri, label="student").model_dump(mode="json")
         self.run_key, self.folder = support.open_run(self.settings(), checkpoint=self.checkpoint, checkpoint_uri=uri)
         self.next(self.evaluate)
 

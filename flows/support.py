@@ -13,7 +13,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "matvlm").is_dir():
     sys.path.insert(0, str(ROOT))
 
-from metaflow import FlowSpec, Run, current  # noqa: E402
+# In a step's log a bar per weight file says nothing; the stages have their own. Read when transformers is imported.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from matvlm.config import RecipeError, Section, parse_recipe  # noqa: E402
+from metaflow import FlowSpec, Run, current  # noqa: E402
+from metaflow.exception import MetaflowException  # noqa: E402
+
+from matvlm.config import Recipe, RecipeError, Section, parse_recipe, split_overrides  # noqa: E402
+from matvlm.models.layers import choose_layers  # noqa: E402
 from matvlm.reporting import Reporter, Reporters  # noqa: E402
 from matvlm.tracking import Tracker, environment, flatten  # noqa: E402
 
@@ -63,8 +68,27 @@ def stage(flow: Any, recipe: Any, name: str, *listeners: Reporter) -> Iterator[R
     import torch
 
     torch.set_num_threads(recipe.resources.cpu)
-    with tracker_of(flow, recipe).step(name) as run:
+    with clear_errors(name), tracker_of(flow, recipe).step(name) as run:
         yield Reporters(run, *listeners)
+
+
+class StepError(MetaflowException):
+    """An error that its message explains: Metaflow prints it as two lines and not as a traceback."""
+
+    def __init__(self, step: str, error: Exception):
+        super().__init__(str(error))
+        self.headline = f"{step} cannot go on"
+
+
+@contextmanager
+def clear_errors(step: str) -> Iterator[None]:
+    """Turn the library's own errors, written for users, into a ``StepError``; others keep their tracebacks."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "matvlm":
+            raise
+        raise StepError(step, error) from error
 
 
 def device() -> str:
@@ -81,6 +105,36 @@ def load_teacher(recipe: Any, device: str = "cpu") -> tuple[Any, Any]:
 
     teacher = recipe.teacher
     return locate.load(teacher.model, device, getattr(torch, teacher.dtype), teacher.revision)
+
+
+def check_layers(recipe: Recipe, num_layers: int | None = None) -> None:
+    """Refuse a choice of layers that the teacher cannot have.
+
+    Args:
+        recipe: its ``hybrid`` section is checked.
+        num_layers: decoder layers of the teacher. By default its config.json is asked, where that is at hand: for a
+            teacher on S3 or the hub nothing is checked then.
+
+    Raises:
+        RecipeError: none or all of the layers would be replaced, or some that do not exist.
+    """
+    num_layers = num_layers or _layers_at_hand(recipe.teacher.model)
+    try:
+        if num_layers:
+            choose_layers(num_layers, recipe.hybrid.ratio, recipe.hybrid.layers)
+    except ValueError as error:
+        raise RecipeError(f"hybrid: {error} (teacher: {recipe.teacher.model})") from None
+
+
+def _layers_at_hand(teacher: str) -> int | None:
+    """The number of decoder layers, without the seconds that importing torch takes."""
+    shipped = teacher.removeprefix("package://")
+    folder = Path(teacher) if shipped == teacher else ROOT / "matvlm" / "assets" / shipped
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("text_config", config)["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # whoever loads the model says what is wrong with it
 
 
 def file_name(label: str) -> str:
@@ -102,19 +156,21 @@ def parse(text: str, kind: type[Kind]) -> dict[str, Any]:
     return parse_recipe(text, source=_recipe_source(), kind=kind).model_dump(mode="json")
 
 
-def main(flow: type[FlowSpec], kind: type[Section]) -> None:
-    """Run ``flow`` from the command line."""
+def main(flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None] = lambda recipe: None) -> None:
+    """Run ``flow`` from the command line; ``check`` may refuse a recipe with a ``RecipeError``."""
     command = next((word for word in sys.argv[1:] if word in ("run", "resume")), None)
     if command is None:
         flow()
         return
     try:
-        sys.argv[1:] = _with_overrides(sys.argv[1:], flow, kind)
+        sys.argv[1:] = _with_overrides(sys.argv[1:], flow, kind, check)
     except RecipeError as error:
         sys.exit(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         run_id_file = Path(scratch) / "run_id"
-        if "--run-id-file" not in sys.argv:
+        if "--run-id-file" in sys.argv[:-1]:
+            run_id_file = Path(sys.argv[sys.argv.index("--run-id-file") + 1])
+        else:
             sys.argv += ["--run-id-file", str(run_id_file)]
         try:
             flow()
@@ -125,39 +181,54 @@ def main(flow: type[FlowSpec], kind: type[Section]) -> None:
 
 
 def _after_failure(flow_name: str, run_id: str) -> None:
-    """Close the MLflow run as failed and say how to go on."""
+    """Close the MLflow run as failed and say how to go on; a run that failed in its start has nothing to continue."""
     try:
         started = Run(f"{flow_name}/{run_id}", _namespace_check=False)["start"].task.data
-        recipe = started.recipe
-        Tracker(started.run_key, Path(started.folder), recipe["tracking"]["experiment"]).finish("FAILED")
-    except Exception as error:  # the run may have failed before its start was recorded
-        print(f"The MLflow run could not be closed: {error}", file=sys.stderr)
+        run_key, folder, recipe = started.run_key, started.folder, started.recipe
+    except (MetaflowException, KeyError, AttributeError):
+        return
+    Tracker(run_key, Path(folder), recipe["tracking"]["experiment"]).finish("FAILED")
     print(f"\nThe run stopped. Continue it with:\n    {resume_command(run_id)}", file=sys.stderr)
 
 
-def _with_overrides(words: list[str], flow: type[FlowSpec], kind: type[Section]) -> list[str]:
-    """Replace ``--set a=b`` (several, or separated by spaces) and the recipe it changes by the resolved recipe."""
-    overrides: list[str] = []
-    kept: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--set":
-            overrides += next(rest, "").split()
-        elif word.startswith("--set="):
-            overrides += word.removeprefix("--set=").split()
-        else:
-            kept.append(word)
-    if "resume" in kept:
+def _with_overrides(
+    words: list[str], flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None]
+) -> list[str]:
+    """Replace ``--set a=b c=d`` and the recipe it changes by the resolved recipe."""
+    overrides, words = _take_overrides(words)
+    if "resume" in words:
         if overrides:
             raise RecipeError("--set: a resumed run keeps its recipe; start a new run to change it")
-        return kept
-    source, kept = _take_recipe(kept, flow)
+        return words
+    source, words = _take_recipe(words, flow)
     try:
         text = Path(source).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{source}: cannot read the recipe: {error.strerror}") from None
     recipe = parse_recipe(text, source=source, overrides=overrides, kind=kind)
-    return ["--config-value", "recipe", json.dumps(recipe.model_dump(mode="json")), *kept]
+    try:
+        check(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    return ["--config-value", "recipe", json.dumps(recipe.model_dump(mode="json")), *words]
+
+
+def _take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides given by ``--set a=b c=d``, ``--set "a=b c=d"`` or ``--set=a=b``, and the other words."""
+    overrides: list[str] = []
+    kept: list[str] = []
+    setting = False
+    for word in words:
+        if word == "--set":
+            setting = True
+        elif word.startswith("--set="):
+            overrides += split_overrides(word.removeprefix("--set="))
+        elif setting and not word.startswith("--"):
+            overrides += split_overrides(word)
+        else:
+            setting = False
+            kept.append(word)
+    return overrides, kept
 
 
 def _take_recipe(words: list[str], flow: type[FlowSpec]) -> tuple[str, list[str]]:

@@ -5,7 +5,8 @@
 start -> prepare_data -> teacher_targets (a task per shard) -> join_targets -> init_hybrid -> distill (a task per
 initialisation) -> join_students -> list_models -> evaluate (a task per model) -> compare -> profile -> register -> end
 
-Steps are thin: each hands artifacts of ``matvlm.artifacts`` (as JSON) to one library call. Files live in the run's folder.
+Steps are thin: each hands artifacts of ``matvlm.artifacts`` (as JSON) to one library call. Files live in the run's
+folder.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class TrainFlow(FlowSpec):
     def prepare_data(self):
         from matvlm.data.encoding import Encoder
         from matvlm.data.prepare import prepare
+        from matvlm.models.hybrid import decoder_layers
 
         recipe = self.settings()
         with support.stage(self, recipe, "prepare_data") as reporter:
-            _, processor = support.load_teacher(recipe)
+            model, processor = support.load_teacher(recipe)
+            support.check_layers(recipe, len(decoder_layers(model)))
             encoder = Encoder(processor, recipe.data.max_length)
             data = prepare(recipe.data, recipe.seed, self.path("data"), reporter, encoder)
         self.data = data.model_dump(mode="json")
@@ -195,7 +198,8 @@ class TrainFlow(FlowSpec):
         print(self.path("report", "accuracy.md").read_text())
         print(self.path("report", "profile.md").read_text())
         print(f"Student: {self.models[1]['uri']}  ({recipe.tracking.model_name} version {self.version})")
-        print(f"Reports: {self.path('report')}\nCompare runs: mlflow ui    Cards: python {support.script()} card server")
+        print(f"Reports: {self.path('report')}")
+        print(f"Compare runs: mlflow ui    Cards: python {support.script()} card server")
 
     def settings(self) -> Recipe:
         return Recipe.model_validate(self.recipe.to_dict())
@@ -208,4 +212,4 @@ class TrainFlow(FlowSpec):
 
 
 if __name__ == "__main__":
-    support.main(TrainFlow, Recipe)
+    support.main(TrainFlow, Recipe, support.check_layers)

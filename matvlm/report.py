@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,28 +20,36 @@ TEACHER = "teacher"
 
 
 class Row(NamedTuple):
-    """One model of the accuracy table. ``share`` is its accuracy over the teacher's on the teacher's questions."""
+    """One model of the accuracy table: its accuracy on its ``num_questions``, which may be fewer than the teacher's."""
 
     label: str
     init: str
     updates: int
     accuracy: float
     share: float
+    """``accuracy`` over the teacher's; nan where the teacher answered nothing right."""
     num_questions: int
     kinds: dict[str, float]
     """Accuracy by kind of question, where the task has kinds."""
 
 
 def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task: str) -> list[Row]:
-    """The accuracy of every model on ``task``; the teacher, which must be among them, is the measure of the others."""
-    of_teacher = next(r for r in results if r.label == TEACHER).metrics[f"{task}/accuracy"]
+    """The accuracy of every model on ``task``; the teacher is the measure of the others.
+
+    Raises:
+        ValueError: the results are not those of ``checkpoints``, in their order, or there is no teacher among them.
+    """
+    labels, found = ([one.label for one in those] for those in (checkpoints, results))
+    if labels != found or TEACHER not in labels:
+        raise ValueError(f"report: results of {found} do not fit the models {labels}, one of them {TEACHER!r}")
+    of_teacher = results[labels.index(TEACHER)].metrics[f"{task}/accuracy"]
     return [
         Row(
             label=checkpoint.label,
             init=checkpoint.init or "-",
             updates=checkpoint.updates if checkpoint.init else 0,
             accuracy=result.metrics[f"{task}/accuracy"],
-            share=result.metrics[f"{task}/accuracy"] / of_teacher,
+            share=result.metrics[f"{task}/accuracy"] / of_teacher if of_teacher else math.nan,
             num_questions=result.num_questions,
             kinds={
                 name.removeprefix(f"{task}/accuracy_"): value

@@ -245,6 +245,8 @@ def test_a_data_set_of_other_settings_is_refused(tmp_path: Path, teacher: Teache
 def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
     data = source(tmp_path, [sample()] * 2)
     manifest = prepare(data, 0, tmp_path / "out")
+    with pytest.raises(DataError, match="2 of 3 samples are left"):
+        open_dataset(manifest.model_copy(update={"num_samples": 3}))
     (arrow,) = (tmp_path / "out" / "arrow").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
     with pytest.raises(DataError, match=rf"^{tmp_path}/out: cannot open the prepared data .*remove this folder"):

@@ -1,4 +1,4 @@
-"""Pretraining: figures stay whole, batches are functions of (seed, update), a resumed run equals an uninterrupted one."""
+"""Pretraining: figures stay whole, batches are functions of (seed, update), a resumed run equals a whole one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECIPE = PretrainRecipe(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataManifest:
-    """Nine pictures of 16 x 16 pixels: boxes and dots of three colours on three backgrounds, with three questions each."""
+    """Nine pictures of 16 x 16 pixels: boxes and dots of three colours on three backgrounds, three questions each."""
     folder = tmp_path_factory.mktemp("figures")
     samples = []
     for number in range(9):
@@ -126,7 +126,7 @@ def test_augmentation_is_a_function_of_the_generator(corpus: Corpus) -> None:
 
 
 def test_the_largest_draw_stays_inside(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 the largest draw below 1, times the number of places, rounds up to one place too many."""
+    """The largest fp32 draw, times the number of places, must not round up to one place too many."""
     largest = float(np.nextafter(np.float32(1), np.float32(0)))
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, largest))
     moved = augment(corpus, torch.arange(9), torch.Generator())
@@ -239,7 +239,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_a_snapshot_of_other_data_or_settings_is_refused(data: DataManifest, tmp_path: Path) -> None:
     pretrain(RECIPE, data, tmp_path, Reporter(), "cpu")
-    with pytest.raises(SnapshotError, match="data is .* in the snapshot and 'other' in this run"):
+    with pytest.raises(SnapshotError, match=r"data is .* in the snapshot and 'other' in this run"):
         pretrain(RECIPE, data.model_copy(update={"fingerprint": "other"}), tmp_path, Reporter(), "cpu")
     hotter = RECIPE.training.model_copy(update={"lr": 0.5})
     with pytest.raises(SnapshotError, match=r"training\.lr is 0\.001 in the snapshot and 0\.5 in this run"):

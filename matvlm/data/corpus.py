@@ -106,7 +106,7 @@ def augment(corpus: Corpus, chosen: Tensor, generator: torch.Generator) -> Tenso
 
 def _source_index(size: int, low: Tensor, high: Tensor, draw: Tensor) -> Tensor:
     """int64 [B, size]: where each row (or column) is read from when the content moves by a draw from [low, high]."""
-    shift = (low + draw * (high - low + 1)).floor().long().minimum(high)  # a draw close to 1 rounds up
+    shift = (low + draw * (high - low + 1)).floor().long()
     return torch.arange(size, device=shift.device)[None] - shift[:, None]
 
 

@@ -36,8 +36,11 @@ class Engine(Protocol):
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None: ...
 
 
-def make_engine(model: nn.Module, parameters: dict[str, nn.Parameter], settings: Distill, device: str) -> Engine:
+def make_engine(parameters: dict[str, nn.Parameter], settings: Distill, device: str) -> Engine:
     """The engine that ``settings.engine`` names; ``auto`` is DeepSpeed on a GPU where it is installed, else torch.
+
+    Args:
+        parameters: what is trained, float32, by name; the engine sees no other part of the model.
 
     Raises:
         ValueError: DeepSpeed is asked for and not installed.
@@ -46,7 +49,7 @@ def make_engine(model: nn.Module, parameters: dict[str, nn.Parameter], settings:
     if settings.engine == "deepspeed" and not installed:
         raise ValueError("distill.engine is 'deepspeed', which is not installed: pip install deepspeed, or use 'torch'")
     if settings.engine == "deepspeed" or (settings.engine == "auto" and installed and device != "cpu"):
-        return DeepSpeedEngine(model, parameters, settings, device)
+        return DeepSpeedEngine(parameters, settings, device)
     return TorchEngine(parameters, settings)
 
 
@@ -70,8 +73,8 @@ class TorchEngine:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {
-            name: {"value": parameter.detach().float().clone()}
-            | {key: value.clone() for key, value in self.optimizer.state[parameter].items()}
+            name: {"value": parameter.detach().clone()}
+            | {key: value.clone() for key, value in self._moments(parameter).items()}
             for name, parameter in self.parameters.items()
         }
 
@@ -81,9 +84,14 @@ class TorchEngine:
             saved = dict(state[name])
             parameter.copy_(saved.pop("value"))
             self.optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, parameter.dtype, copy=True)
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
                 for key, value in saved.items()
             }
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's own, or those that it would start with for a parameter that had no gradient yet."""
+        fresh = {key: torch.zeros_like(parameter) for key in MOMENTS} | {"step": torch.tensor(0.0)}
+        return {**fresh, **self.optimizer.state[parameter]}
 
 
 class DeepSpeedEngine:
@@ -91,7 +99,7 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], settings: Distill, device: str):
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, device: str):
         self.parameters, self.settings = parameters, settings
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.startswith("cuda") else "cpu")
         import deepspeed
@@ -99,7 +107,7 @@ class DeepSpeedEngine:
         _single_process_rendezvous()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU extra that would compile for minutes
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
+            model=nn.ParameterList(parameters.values()),
             model_parameters=list(parameters.values()),
             optimizer=adamw(parameters, settings.optimizer),
             config=self._config(),

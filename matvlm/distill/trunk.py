@@ -27,15 +27,26 @@ class SharedTrunk:
         """Take what the student lacks from ``teacher``, which is not needed afterwards.
 
         Raises:
-            ValueError: ``student`` is not a hybrid of ``teacher``'s architecture.
+            ValueError: ``student`` is not a hybrid of ``teacher``, or differs from it where nothing was replaced.
         """
         self.student = student
-        layers, originals = decoder_layers(student), decoder_layers(teacher)
+        layers: Any = decoder_layers(student)
+        originals: Any = decoder_layers(teacher)
         if not mixers(student) or len(layers) != len(originals) or mixers(teacher):
             raise ValueError("the student must be a hybrid of the teacher: same number of layers, some replaced")
-        self.attentions = {index: originals[index].self_attn.requires_grad_(False) for index in mixers(student)}
+        self.attentions: dict[int, nn.Module] = {
+            index: originals[index].self_attn.requires_grad_(False) for index in mixers(student)
+        }
         connector = find_connector(teacher)
         self.connector = None if connector is None else copy.deepcopy(connector).requires_grad_(False)
+        self._check_shared(teacher.state_dict())
+
+    def _check_shared(self, expected: dict[str, Tensor]) -> None:
+        with self.as_teacher() as whole:
+            found = whole.state_dict()
+        for name in sorted(found.keys() | expected.keys()):
+            if name not in found or name not in expected or not torch.equal(found[name], expected[name]):
+                raise ValueError(f"the student was not made from this teacher: {name} differs, which is never trained")
 
     def layer_loss(self, batch: Batch, layer_inputs: str) -> LayerLoss:
         """The layer loss of ``batch``, taken as ``recipe.distill.loss.layer_inputs`` says; see ``LayerLoss``."""

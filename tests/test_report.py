@@ -1,0 +1,182 @@
+"""Tables, headline and gallery from results written by hand."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from matvlm.artifacts import Checkpoint, EvalResult, ProfilePoint, ProfileResult
+from matvlm.evaluate import ComparedSample
+from matvlm.report import accuracy_table, headline, profile_table, rows, write_accuracy, write_gallery, write_profile
+from matvlm.reporting import Reporter
+
+CHECKPOINTS = [
+    Checkpoint(uri="t", label="teacher"),
+    Checkpoint(uri="s", label="student", init="aligned", layers=[0], updates=120),
+    Checkpoint(uri="u", label="student, untrained", init="aligned", layers=[0]),
+]
+
+
+def result(label: str, accuracy: float, questions: int = 2000, **kinds: float) -> EvalResult:
+    metrics = {"easyvqa/accuracy": accuracy, "other/accuracy": 0.25} | {
+        f"easyvqa/accuracy_{kind}": value for kind, value in kinds.items()
+    }
+    return EvalResult(
+        label=label, checkpoint_uri="", metrics=metrics, num_questions=questions, seconds=1.0, samples_uri=""
+    )
+
+
+RESULTS = [
+    result("teacher", 0.8, color=0.9, shape=0.7),
+    result("student", 0.78, color=0.88),
+    result("student, untrained", 0.2, 500),
+]
+SAMPLE = ComparedSample(
+    id="<7>",
+    question="is it <b>red</b> & 'round'?",
+    expected="yes",
+    teacher_answer="yes",
+    student_answer="",
+    teacher_right=True,
+    student_right=False,
+    png=b"\x89PNG picture",
+)
+
+
+def point(label: str, context: int, prefill: list[float], decode: list[float], cache: int) -> ProfilePoint:
+    return ProfilePoint(
+        label=label,
+        context=context,
+        batch_size=1,
+        prefill_seconds=sorted(prefill)[1],
+        decode_tokens_per_second=sorted(decode)[1],
+        cache_bytes=cache,
+        prefill_seconds_each=prefill,
+        decode_tokens_per_second_each=decode,
+    )
+
+
+PROFILE = ProfileResult(
+    points=[
+        point("teacher", 1024, [0.4, 0.4, 0.4], [50.0, 50.0, 50.0], 4096),
+        point("teacher", 64, [0.1, 0.1, 0.1], [80.0, 80.0, 80.0], 1024),
+        point("student", 1024, [0.2, 0.2, 0.2], [75.0, 75.0, 75.0], 3072),
+        point("student", 64, [0.2, 0.2, 0.2], [40.0, 40.0, 40.0], 2048),
+    ],
+    machine={"cpu": "test", "threads": "1"},
+    repeats=3,
+    new_tokens=4,
+)
+
+
+class Kept(Reporter):
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.files: list[tuple[str, str]] = []
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.values |= values
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        assert path.stat().st_size
+        self.files.append((folder, path.name))
+
+
+def test_each_model_is_measured_by_the_teacher() -> None:
+    teacher, student, untrained = rows(CHECKPOINTS, RESULTS, "easyvqa")
+    assert [row.share for row in (teacher, student, untrained)] == pytest.approx([1.0, 0.975, 0.25])
+    assert [row.accuracy for row in (teacher, student, untrained)] == [0.8, 0.78, 0.2]
+    assert (teacher.init, teacher.updates) == ("-", 0)
+    assert (student.init, student.updates, student.kinds) == ("aligned", 120, {"color": 0.88})
+    assert teacher.kinds == {"color": 0.9, "shape": 0.7}
+    assert untrained.num_questions == 500
+    assert [row.accuracy for row in rows(CHECKPOINTS, RESULTS, "other")] == [0.25] * 3
+    last = rows(CHECKPOINTS[::-1], RESULTS[::-1], "easyvqa")
+    assert last == [untrained, student, teacher], "the teacher may stand anywhere"
+
+
+def test_a_teacher_that_knows_nothing_measures_nothing() -> None:
+    table = rows(CHECKPOINTS[:2], [result("teacher", 0.0), RESULTS[1]], "easyvqa")
+    assert all(math.isnan(row.share) for row in table)
+    assert "| 78.00% | nan% |" in accuracy_table(table)
+
+
+def test_results_of_other_models_are_refused() -> None:
+    for checkpoints, results in (
+        (CHECKPOINTS[:2], RESULTS[1::-1]),
+        (CHECKPOINTS[:2], RESULTS),
+        (CHECKPOINTS[1:], RESULTS[1:]),
+    ):
+        with pytest.raises(ValueError, match=r"results of \[.*\] do not fit the models \[.*\], one of them 'teacher'"):
+            rows(checkpoints, results, "easyvqa")
+
+
+def test_tables_as_markdown() -> None:
+    accuracy = accuracy_table(rows(CHECKPOINTS, RESULTS, "easyvqa")).splitlines()
+    assert accuracy[2:] == [
+        "| teacher | - | 0 | 80.00% | 100.0% | 2,000 |",
+        "| student | aligned | 120 | 78.00% | 97.5% | 2,000 |",
+        "| student, untrained | aligned | 0 | 20.00% | 25.0% | 500 |",
+    ]
+    speed = profile_table(PROFILE).splitlines()
+    assert speed[2:] == [
+        "| teacher | 1,024 | 0.4000 | 50.0 | 4 | 1 | 1 | 1 |",
+        "| teacher | 64 | 0.1000 | 80.0 | 1 | 1 | 1 | 1 |",
+        "| student | 1,024 | 0.2000 | 75.0 | 3 | 2.00 | 1.50 | 0.75 |",
+        "| student | 64 | 0.2000 | 40.0 | 2 | 0.50 | 0.50 | 2.00 |",
+    ]
+    for table in (accuracy, speed):
+        assert len({line.count("|") for line in table}) == 1, "as many cells in each line"
+
+
+def test_the_headline_is_the_student_at_the_longest_context() -> None:
+    assert headline(rows(CHECKPOINTS, RESULTS, "easyvqa"), PROFILE) == pytest.approx(
+        {
+            "accuracy/teacher": 0.8,
+            "accuracy/student": 0.78,
+            "accuracy/student, untrained": 0.2,
+            "share_of_teacher": 0.975,
+            "decode_speed_ratio": 1.5,
+            "prefill_speed_ratio": 2.0,
+            "cache_ratio": 0.75,
+        }
+    )
+
+
+def test_the_gallery_shows_pictures_and_both_answers_and_needs_nothing_else(tmp_path: Path) -> None:
+    write_gallery([SAMPLE, SAMPLE], tmp_path / "answers.html")
+    page = (tmp_path / "answers.html").read_text()
+    assert page.count("<figure>") == page.count("</figure>") == 2
+    assert "<b>is it &lt;b&gt;red&lt;/b&gt; &amp; &#x27;round&#x27;?</b>" in page, "text stays text"
+    assert "alt='&lt;7&gt;'" in page
+    pictures = re.findall(r"src='data:image/png;base64,([^']*)'", page)
+    assert [base64.b64decode(picture) for picture in pictures] == [SAMPLE.png] * 2
+    assert "<div class='right'>teacher: yes (right)</div>" in page
+    assert "<div class='wrong'>student: (nothing) (wrong)</div>" in page
+    assert "expected: yes" in html.unescape(page)
+    assert "http" not in page
+
+
+def test_reports_are_written_and_kept_with_the_run(tmp_path: Path) -> None:
+    kept = Kept()
+    table = rows(CHECKPOINTS, RESULTS, "easyvqa")
+    write_accuracy(table, [SAMPLE], tmp_path / "new" / "report", kept)
+    write_profile(PROFILE, tmp_path / "new" / "report", kept)
+    names = ["accuracy.md", "accuracy.png", "answers.html", "profile.md", "profile.json", "profile.png"]
+    assert kept.files == [("report", name) for name in names]
+    assert kept.values == {
+        "accuracy/teacher": 0.8,
+        "accuracy/student": 0.78,
+        "accuracy/student, untrained": 0.2,
+    }
+    folder = tmp_path / "new" / "report"
+    assert (folder / "accuracy.md").read_text() == accuracy_table(table)
+    assert (folder / "profile.md").read_text() == profile_table(PROFILE)
+    assert ProfileResult.model_validate(json.loads((folder / "profile.json").read_text())) == PROFILE
