@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import tempfile
 import time
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "matvlm").is_dir():
     sys.path.insert(0, str(ROOT))
 
-# In a step's log a bar per weight file says nothing; the stages have their own. Read when transformers is imported.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# The bars of other libraries say nothing in a step's log; the stages' own lines stay. Read when those are imported.
+for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+    os.environ.setdefault(name, "1")
 
 from metaflow import FlowSpec, Run, current  # noqa: E402
 from metaflow.exception import MetaflowException  # noqa: E402
@@ -34,6 +36,10 @@ from matvlm.reporting import Reporter, Reporters  # noqa: E402
 from matvlm.tracking import Tracker, environment, flatten  # noqa: E402
 
 RECIPES = ROOT / "flows" / "recipes"
+KEPT_OPTIONS = ("--max-workers", "--with")
+"""Of Metaflow's ``run`` and ``resume``: whoever continues a run wants them again."""
+KEPT_VARIABLE = "MATVLM_RUN_OPTIONS"
+"""Tells the steps of a run its kept options."""
 Kind = TypeVar("Kind", bound=Section)
 
 
@@ -51,6 +57,7 @@ def open_run(recipe: Any, **tags: str) -> tuple[str, str]:
     run_key = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = runs_folder() / run_key
     folder.mkdir(parents=True)
+    _set_threads(recipe)
     tracker = Tracker(run_key, folder, recipe.tracking.experiment)
     tags |= {"flow": current.flow_name, "metaflow_run": current.run_id, "recipe": recipe.name}
     tracker.parent({**flatten(recipe.model_dump(mode="json")), **environment()}, tags)
@@ -65,11 +72,15 @@ def tracker_of(flow: Any, recipe: Any) -> Tracker:
 @contextmanager
 def stage(flow: Any, recipe: Any, name: str, *listeners: Reporter) -> Iterator[Reporter]:
     """The MLflow run of one step, and what else listens to it; sets the recipe's number of torch threads."""
+    _set_threads(recipe)
+    with clear_errors(name), tracker_of(flow, recipe).step(name) as run:
+        yield Reporters(run, *listeners)
+
+
+def _set_threads(recipe: Any) -> None:
     import torch
 
     torch.set_num_threads(recipe.resources.cpu)
-    with clear_errors(name), tracker_of(flow, recipe).step(name) as run:
-        yield Reporters(run, *listeners)
 
 
 class StepError(MetaflowException):
@@ -148,7 +159,9 @@ def script() -> str:
 
 
 def resume_command(run_id: str) -> str:
-    return f"python {script()} resume --origin-run-id {run_id}"
+    """What to type in the folder where the run was started; a bare ``resume`` may go back to an earlier attempt."""
+    command = f"python {script()} resume --origin-run-id {run_id}"
+    return f"{command} {os.environ.get(KEPT_VARIABLE, '')}".rstrip()
 
 
 def parse(text: str, kind: type[Kind]) -> dict[str, Any]:
@@ -166,6 +179,7 @@ def main(flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None] =
         sys.argv[1:] = _with_overrides(sys.argv[1:], flow, kind, check)
     except RecipeError as error:
         sys.exit(str(error))
+    os.environ[KEPT_VARIABLE] = _kept_options(sys.argv)
     with tempfile.TemporaryDirectory() as scratch:
         run_id_file = Path(scratch) / "run_id"
         if "--run-id-file" in sys.argv[:-1]:
@@ -213,6 +227,12 @@ def _with_overrides(
     return ["--config-value", "recipe", json.dumps(recipe.model_dump(mode="json")), *words]
 
 
+def _kept_options(words: list[str]) -> str:
+    kept = [words[i : i + 2] for i, word in enumerate(words) if word in KEPT_OPTIONS]
+    kept += [[word] for word in words if word.partition("=")[0] in KEPT_OPTIONS and "=" in word]
+    return shlex.join(word for option in kept for word in option)
+
+
 def _take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """The overrides given by ``--set a=b c=d``, ``--set "a=b c=d"`` or ``--set=a=b``, and the other words."""
     overrides: list[str] = []
@@ -236,7 +256,7 @@ def _take_recipe(words: list[str], flow: type[FlowSpec]) -> tuple[str, list[str]
     for number, word in enumerate(words):
         if word == "--config" and words[number + 1 : number + 2] == ["recipe"]:
             return words[number + 2], words[:number] + words[number + 3 :]
-    return str(flow.DEFAULT_RECIPE), words  # type: ignore[attr-defined]
+    return str(flow.DEFAULT_RECIPE), words
 
 
 def _recipe_source() -> str:

@@ -65,7 +65,7 @@ class TeacherFlow(FlowSpec):
         tracker.finish("FINISHED")
         print(f"Teacher: {self.teacher['uri']}\nScores: {self.result['metrics']}")
 
-    def _recipe(self) -> PretrainRecipe:
+    def settings(self) -> PretrainRecipe:
         return PretrainRecipe.model_validate(self.recipe.to_dict())
 
 

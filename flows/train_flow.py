@@ -186,7 +186,7 @@ class TrainFlow(FlowSpec):
         results = [EvalResult.model_validate(result) for result in self.results]
         table = report.rows(models, results, recipe.evaluate.tasks[0])
         self.headline = report.headline(table, ProfileResult.model_validate(self.speed))
-        tracker, tags = support.tracker_of(self, recipe), {"recipe": recipe.name, "layers": models[1].layers}
+        tracker, tags = support.tracker_of(self, recipe), {"recipe": recipe.name, "layers": str(models[1].layers)}
         tracker.summary(self.headline)
         self.version = tracker.register(recipe.tracking.model_name, models[1].uri, "student", self.headline, tags)
         self.next(self.end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 import re
@@ -26,7 +27,9 @@ TIMED = {"samples_per_second", "tokens_per_second", "memory_gb"}
 
 def environment(**extra: str) -> dict[str, str]:
     """That of a user with the virtual environment active and nothing configured, and ``extra``."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("METAFLOW_", "MLFLOW_", "MATVLM_"))}
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith(("METAFLOW_", "MLFLOW_", "MATVLM_"))
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"
     return {**ours, "PATH": path, "METAFLOW_USER": "matvlm", "TOKENIZERS_PARALLELISM": "false", **extra}
 
@@ -52,7 +55,7 @@ class FlowProcess:
         """What it has printed so far."""
         return self._log.read_text(encoding="utf-8")
 
-    def wait(self, seconds: float = 280) -> int:
+    def wait(self, seconds: float = 800) -> int:
         """Its exit status."""
         try:
             return self.process.wait(seconds)
@@ -60,7 +63,7 @@ class FlowProcess:
             self.kill()
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 600) -> None:
         """Look every 10 ms, until ``condition`` holds."""
         end = time.monotonic() + seconds
         while not condition():
@@ -87,12 +90,9 @@ def run_flow(folder: Path, *words: str, **options: str) -> tuple[int, str]:
     return flow.wait(), flow.output
 
 
-def printed_command(output: str) -> list[str]:
-    """The words after the flow's file in the command that a failed run printed at its end."""
-    *_, last = output.strip().splitlines()
-    found = re.fullmatch(r"\s*python flows/train_flow\.py (resume --origin-run-id \d+)", last)
-    assert found, output
-    return found[1].split()
+def resume_commands(output: str) -> list[list[str]]:
+    """The words after the flow's file in each command, printed so far, that continues a run."""
+    return [found.split() for found in re.findall(r"python flows/train_flow\.py (resume .*)", output)]
 
 
 def run_folder(folder: Path) -> Path:
@@ -133,6 +133,15 @@ class Store:
         return Path(self.client.download_artifacts(run.info.run_id, artifact)).read_bytes()
 
 
+def cards(folder: Path) -> dict[str, list[str]]:
+    """What the cards of the runs in ``folder`` hold, as JSON text, by step."""
+    found: dict[str, list[str]] = {}
+    for page in sorted((folder / ".metaflow" / "mf.cards").glob("*/runs/*/steps/*/tasks/*/cards/*.html")):
+        (content,) = re.findall(r"__MF_DATA__\[[^]]+\]\s*=\s*['\"]([\w+/=]+)['\"]", page.read_text(encoding="utf-8"))
+        found.setdefault(page.parents[3].name, []).append(base64.b64decode(content).decode())
+    return found
+
+
 @functools.cache
 def finished_run(folder: Path) -> tuple[Any, Path]:
     """The debug recipe through Metaflow's Runner, once per test session: the Runner's answer and the working folder."""
@@ -144,7 +153,9 @@ def finished_run(folder: Path) -> tuple[Any, Path]:
     os.environ.clear()
     os.environ.update(wanted)  # the Runner adds to the environment, and can take nothing out of it
     try:
-        runner = Runner(str(FLOWS / "train_flow.py"), show_output=False, cwd=str(folder), config=[("recipe", str(DEBUG))])
+        runner = Runner(
+            str(FLOWS / "train_flow.py"), show_output=False, cwd=str(folder), config=[("recipe", str(DEBUG))]
+        )
         return runner.run(max_workers=2), folder
     finally:
         os.environ.clear()

@@ -29,7 +29,7 @@ def test_runs_on_a_tracked_run(notebook, tmp_path, monkeypatch, capsys):
     tracker.finish("FINISHED")
 
     variables: dict = {}
-    exec(compile(code_of(notebook), str(notebook), "exec"), variables)  # noqa: S102
+    exec(compile(code_of(notebook), str(notebook), "exec"), variables)
 
     assert "1 training runs" in capsys.readouterr().out
     assert variables["runs"]["metrics.accuracy/student"].tolist() == [0.5]

@@ -137,8 +137,9 @@ class DeepSpeedEngine:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        done = max(entry["step"] for entry in state.values())  # fewer for a parameter without gradients
         for steps in self._moments():
-            steps.copy_(next(iter(state.values()))["step"])
+            steps.copy_(done)
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name]["value"])
             safe_set_full_fp32_param(parameter, state[name]["value"].to(parameter.device))
