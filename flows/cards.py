@@ -245,7 +245,7 @@ def _page(card: str) -> Any | None:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    return "" if share is None else f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
 
 
 def _times(ratio: float | None) -> str:

@@ -86,7 +86,7 @@ def accuracy_table(table: Sequence[Row]) -> str:
     """The accuracy table as Markdown."""
     head = "| model | initialisation | updates | accuracy | of the teacher's | questions |\n|---|---|--:|--:|--:|--:|\n"
     return head + "".join(
-        f"| {r.label} | {r.init} | {r.updates} | {r.accuracy:.2%} | {r.share:.1%} | {r.num_questions:,} |\n"
+        f"| {r.label} | {r.init} | {r.updates} | {r.accuracy:.2%} | {r.share:.2%} | {r.num_questions:,} |\n"
         for r in table
     )
 

@@ -197,7 +197,7 @@ def test_evaluate_shows_scores_and_progress(flow: tuple[Path, str]) -> None:
     (bar,) = parts(drawn, "progressBar")
     assert (bar["value"], bar["max"]) == (3, 10)
     assert cells(drawn) == [
-        ["easyvqa/accuracy", "95.7\xa0%"],
+        ["easyvqa/accuracy", "95.71\xa0%"],
         ["questions", "9,673"],
         ["time", "92 s"],
         ["model", "runs/x"],
@@ -218,8 +218,8 @@ def test_compare_shows_models_and_answers_with_their_pictures(flow: tuple[Path, 
         "questions",
     ]
     assert accuracies["data"] == [
-        ["teacher", "-", "0", "97.3\xa0%", "100.0\xa0%", "", "9,673"],
-        ["student", "attention", "1,200", "94.1\xa0%", "96.7\xa0%", "95.5\xa0%", "9,673"],
+        ["teacher", "-", "0", "97.30\xa0%", "100.00\xa0%", "", "9,673"],
+        ["student", "attention", "1,200", "94.10\xa0%", "96.70\xa0%", "95.50\xa0%", "9,673"],
     ]
     (row,) = answers["data"]
     assert row[1:] == [HOSTILE, "no", "✓ no", "✗ yes"]

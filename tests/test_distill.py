@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_distill import NUM_SAMPLES, REPLACED, Kept, Stage, batch_of, is_mixers, make_stage
 
 from matvlm.artifacts import Checkpoint
-from matvlm.config import Schedule
+from matvlm.config import Recipe, Schedule
 from matvlm.data.prepare import open_dataset
 from matvlm.distill import DistillError, init_student
 from matvlm.distill.schedule import learning_rate, num_updates, order
@@ -274,7 +275,6 @@ def test_a_killed_process_can_be_continued(stage: Stage, whole: tuple[Checkpoint
     continued = stage.run(folder, kept, recipe=call["recipe"])
     assert min(kept.seen) == reached + 1
     assert max(kept.seen) == 30
-    assert not [name for name in os.listdir(folder / "snapshots") if not name.startswith("update-")], "remains"
     uninterrupted = stage.run(tmp_path / "whole", recipe=stage.but(epochs=10))
     assert weights(continued) == weights(uninterrupted) != weights(whole[0])
 
@@ -314,13 +314,14 @@ def test_snapshots_of_another_run_are_refused(stage: Stage, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         stage.run(tmp_path, Kept(at=3, then=stop))
     other = init_student(stage.recipe, stage.teacher, "random", tmp_path / "other")
-    for complaint, recipe, given in (
+    cases: list[tuple[str, Recipe | None, dict[str, Any]]] = [
         (r"distill\.optimizer\.lr is 0\.01 in the snapshot and 0\.02", stage.but(optimizer={"lr": 0.02}), {}),
         (r"distill\.loss\.ce is 0\.25 in the snapshot and 0\.0", stage.but(loss={"ce": 0.0}), {}),
         (r"seed is 3 in the snapshot and 4", stage.recipe.model_copy(update={"seed": 4}), {}),
         (r"init is 'paper' in the snapshot and 'random'", None, {"student": other}),
         (r"student is '\w+' in the snapshot and", None, {"student": other.model_copy(update={"init": "paper"})}),
-    ):
+    ]
+    for complaint, recipe, given in cases:
         with pytest.raises(SnapshotError, match=rf"update-000002: {complaint}.*use the recipe it was made with"):
             stage.run(tmp_path, recipe=recipe, **given)
     free = {"engine": "auto", "log_every_updates": 3, "checkpoint_every_updates": 5, "keep_checkpoints": 1}

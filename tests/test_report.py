@@ -121,9 +121,9 @@ def test_results_of_other_models_are_refused() -> None:
 def test_tables_as_markdown() -> None:
     accuracy = accuracy_table(rows(CHECKPOINTS, RESULTS, "easyvqa")).splitlines()
     assert accuracy[2:] == [
-        "| teacher | - | 0 | 80.00% | 100.0% | 2,000 |",
-        "| student | aligned | 120 | 78.00% | 97.5% | 2,000 |",
-        "| student, untrained | aligned | 0 | 20.00% | 25.0% | 500 |",
+        "| teacher | - | 0 | 80.00% | 100.00% | 2,000 |",
+        "| student | aligned | 120 | 78.00% | 97.50% | 2,000 |",
+        "| student, untrained | aligned | 0 | 20.00% | 25.00% | 500 |",
     ]
     speed = profile_table(PROFILE).splitlines()
     assert speed[2:] == [

@@ -61,13 +61,14 @@ def test_the_trunk_is_exactly_the_teacher_and_then_the_student_again(stage: Stag
 
 def attention_calls(model: Any, batch: Batch) -> dict[int, tuple[dict[str, Any], Tensor]]:
     """By layer, what its attention was called with and what it answered."""
-    seen = {}
+    seen: dict[int, tuple[dict[str, Any], Tensor]] = {}
+    layers: Any = hybrid.decoder_layers(model)
     hooks = [
         layer.self_attn.register_forward_hook(
             lambda _module, _args, kwargs, output, index=index: seen.update({index: (kwargs, output[0])}),
             with_kwargs=True,
         )
-        for index, layer in enumerate(hybrid.decoder_layers(model))
+        for index, layer in enumerate(layers)
     ]
     model(**batch.inputs, use_cache=False)
     for hook in hooks:
@@ -101,7 +102,8 @@ def test_teacher_forced_layer_loss_by_hand(stage: Stage) -> None:
 def test_student_forced_layer_loss_by_hand(stage: Stage) -> None:
     trunk, teacher = shaken_trunk(stage)
     batch = batch_of(stage, [0, 1, 2])
-    with trunk.layer_loss(batch, "student_forced") as layer_loss:
+    layer_loss: Any = trunk.layer_loss(batch, "student_forced")
+    with layer_loss:
         logits = kept_logits(trunk.student, batch)
     found = layer_loss.value()
     with torch.no_grad():

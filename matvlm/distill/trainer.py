@@ -86,6 +86,8 @@ def distill(
         done, state = latest
         run.engine.load_state(state["engine"])
         history = state["history"]
+        for past in history:  # for whoever shows the whole curve; MLflow has these points already
+            reporter.metrics({name: value for name, value in past.items() if name != "update"}, int(past["update"]))
     with Progress(total, f"distill {student.init}", "update", reporter, initial=done) as progress:
         for update in range(done + 1, total + 1):
             values = run.update(update, total)

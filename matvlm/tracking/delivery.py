@@ -34,11 +34,12 @@ class Delivery:
         self.store = store
         self.address = public_uri(store.uri)
         self._root = root
+        self._away = root / FOLDER / "away"
         self._failures = 0
         self._next_attempt = 0.0
 
     def push(self, journal: Journal, seconds: int = RUNNING_SECONDS, now: bool = False) -> None:
-        """Deliver what ``journal`` holds if it is time to try. Never raises: it logs one warning per outage.
+        """Deliver what ``journal`` holds if it is time to try. Never raises; one process of the run warns of an outage.
 
         ``seconds`` bounds each request. With ``now`` a pause after a failure is cut short.
         """
@@ -51,7 +52,7 @@ class Delivery:
         except Exception as error:
             self._failures += 1
             self._next_attempt = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE_SECONDS)
-            if self._failures == 1:
+            if self._failures == 1 and self._first_to_notice():
                 logger.warning(
                     "MLflow at %s cannot be used (%s). The run goes on; what it tracks is kept in %s.",
                     self.address,
@@ -59,9 +60,20 @@ class Delivery:
                     self._root / FOLDER,
                 )
         else:
-            if self._failures:
-                logger.warning("MLflow at %s is back and gets what was kept meanwhile.", self.address)
             self._failures = 0
+            if self._away.exists():
+                self._away.unlink(missing_ok=True)
+                logger.warning("MLflow at %s is back and gets what was kept meanwhile.", self.address)
+
+    def _first_to_notice(self) -> bool:
+        """Whether no other process of the run has warned of this outage; the file ``away`` says that one has."""
+        try:
+            self._away.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            pass  # the disk has its own troubles; better to warn twice
+        return True
 
 
 def deliver(journal: Journal, store: Store, address: str) -> int:
