@@ -111,7 +111,7 @@ def make(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
         ["make", "-n", "--always-make", *arguments],
         cwd=ROOT,
-        env={**os.environ, "MAKEFLAGS": "", **environment},
+        env={**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0", **environment},
         capture_output=True,
         text=True,
     )
@@ -141,7 +141,7 @@ def test_make_test_checks_everything() -> None:
 def test_metaflow_has_a_user_name_even_for_root(tmp_path: Path, name: str, user: str) -> None:
     probe = tmp_path / "probe.mk"
     probe.write_text(f"include {ROOT}/Makefile\nprobe:\n\t@echo $$METAFLOW_USER\n")
-    environment = {**os.environ, "METAFLOW_USER": name, "USER": "root", "MAKEFLAGS": ""}
+    environment = {**os.environ, "METAFLOW_USER": name, "USER": "root", "MAKEFLAGS": "", "MAKELEVEL": "0"}
     command = ["make", "-f", str(probe), "probe"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == user
@@ -150,7 +150,7 @@ def test_metaflow_has_a_user_name_even_for_root(tmp_path: Path, name: str, user:
 def test_ci_runs_make_test_from_any_folder() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    environment = {**os.environ, "MAKEFLAGS": "-n"}
+    environment = {**os.environ, "MAKEFLAGS": "-n", "MAKELEVEL": "0"}
     done = subprocess.run(["bash", str(script)], cwd="/", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pytest" in done.stdout

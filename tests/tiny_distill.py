@@ -110,13 +110,18 @@ def make_targets(recipe: Recipe, teacher: Checkpoint, data: DataManifest, folder
 
 
 class Kept(Reporter):
-    """Keeps the metrics by update, and calls ``then`` after those of update ``at``."""
+    """Keeps the metrics by update, and calls ``then`` after those of update ``at``.
+
+    ``computed`` are the updates made by the run that reports; those before a snapshot come without speed.
+    """
 
     def __init__(self, at: int = 0, then: Any = None):
         self.at, self.then, self.seen = at, then, dict[int, dict[str, float]]()
+        self.computed: list[int] = []
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         timeless = {"lr", "grad_norm", "loss", "loss_prob", "loss_layer", "loss_ce"}
+        self.computed += [step] if "samples_per_second" in values else []
         self.seen[step] = {name: value for name, value in values.items() if name in timeless}
         if step == self.at:
             self.then()
