@@ -62,7 +62,7 @@ class EvalFlow(FlowSpec):
 
         recipe = self.settings()
         page = cards.ProfileCard(f"Speed and memory of {self.checkpoint}")
-        models = [Checkpoint(uri=recipe.teacher.model, label="teacher"), Checkpoint.model_validate(self.model)]
+        models = [Checkpoint(uri=recipe.teacher.uri, label="teacher"), Checkpoint.model_validate(self.model)]
         with support.stage(self, recipe, "profile", page) as reporter:
             result = profile(models, recipe.profile, reporter, support.device())
             self.speed = result.model_dump(mode="json")

@@ -114,8 +114,7 @@ def load_teacher(recipe: Any, device: str = "cpu") -> tuple[Any, Any]:
 
     from matvlm.models import locate
 
-    teacher = recipe.teacher
-    return locate.load(teacher.model, device, getattr(torch, teacher.dtype), teacher.revision)
+    return locate.load(recipe.teacher.uri, device, getattr(torch, recipe.teacher.dtype))
 
 
 def check_layers(recipe: Recipe, num_layers: int | None = None) -> None:

@@ -34,7 +34,7 @@ class TrainFlow(FlowSpec):
     @step
     def start(self):
         self.run_key, self.folder = support.open_run(self.settings())
-        self.teacher = Checkpoint(uri=self.settings().teacher.model, label="teacher").model_dump(mode="json")
+        self.teacher = Checkpoint(uri=self.settings().teacher.uri, label="teacher").model_dump(mode="json")
         self.next(self.prepare_data)
 
     @step

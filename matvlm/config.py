@@ -231,6 +231,14 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
 
+    @model_validator(mode="after")
+    def _half_precision_autocasts(self) -> Recipe:
+        if self.teacher.dtype != "float32" and self.distill.autocast == "off":
+            raise ValueError(
+                f"teacher.dtype {self.teacher.dtype} needs distill.autocast: bfloat16, as what is trained is float32"
+            )
+        return self
+
 
 Kind = TypeVar("Kind", bound=Section)
 

@@ -79,6 +79,7 @@ BAD = {
     "nothing learnt": ("distill: {loss: {prob: 0, layer: 0, ce: 0}}", "distill.loss", "above 0"),
     "llava without path": ("data: {source: llava}", "data", "needs path"),
     "easyvqa with path": ("data: {path: a.json}", "data", "remove path"),
+    "half precision alone": ("teacher: {dtype: bfloat16}", "recipe", "bfloat16 needs distill.autocast: bfloat16"),
     "model name": ("tracking: {model_name: a/b}", "tracking.model_name", "got 'a/b'"),
     "section is a list": ("distill: [1]", "distill", "got [1]"),
 }

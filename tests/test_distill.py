@@ -183,8 +183,6 @@ def test_half_precision_teacher_float32_mixers(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for values in kept.seen.values() for value in values.values())
     model, _ = locate.load(checkpoint.uri, dtype=None)
     assert sorted(hybrid.mixers(model)) == REPLACED
-    with pytest.raises(DistillError, match=r"teacher\.dtype is bfloat16 and distill\.autocast is off: set autocast"):
-        half.run(tmp_path / "off", recipe=half.but(autocast="off"))
 
 
 # Going on

@@ -155,7 +155,8 @@ def test_updates_and_targets(folder, overrides, expected):
 
 def test_more_gpus_share_what_zero_shards(folder):
     def gradients(*overrides):
-        text = describe(recipe(folder, "distill.engine=deepspeed", "teacher.dtype=bfloat16", *overrides))
+        half = ("teacher.dtype=bfloat16", "distill.autocast=bfloat16")
+        text = describe(recipe(folder, "distill.engine=deepspeed", *half, *overrides))
         return re.search(r"gradients\s+about ([\d.]+)", text).group(1)
 
     alone = float(gradients())

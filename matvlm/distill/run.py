@@ -27,23 +27,14 @@ from matvlm.teacher import kept_logits
 
 
 class DistillError(RuntimeError):
-    """Distillation cannot go on; the message says at which update and why, or which field of the recipe forbids it."""
+    """Distillation cannot go on; the message says at which update and why."""
 
 
 def open_models(
     recipe: Recipe, student: Checkpoint, teacher: Checkpoint, device: str
 ) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
-    """Student, teacher and the teacher's processor, with weights of ``recipe.teacher.dtype`` on ``device``.
-
-    Raises:
-        DistillError: half-precision weights without autocast, which float32 mixers cannot be trained between.
-    """
-    name = recipe.teacher.dtype
-    if name != "float32" and recipe.distill.autocast == "off":
-        raise DistillError(
-            f"teacher.dtype is {name} and distill.autocast is off: set autocast to bfloat16, or the dtype to float32"
-        )
-    dtype = getattr(torch, name)
+    """Student, teacher and the teacher's processor, with weights of ``recipe.teacher.dtype`` on ``device``."""
+    dtype = getattr(torch, recipe.teacher.dtype)
     original, processor = locate.load(teacher.uri, device, dtype)
     model, _ = locate.load(student.uri, device, dtype)
     return model, original, processor

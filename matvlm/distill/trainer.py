@@ -71,7 +71,7 @@ def distill(
     Raises:
         SnapshotError: what is in ``folder`` was made with another recipe, data or student.
         TargetError: the target store is damaged, of another teacher, other data or other settings, or lacks a sample.
-        DistillError: a loss or gradient is not finite, or weights of this dtype cannot be trained as the recipe says.
+        DistillError: a loss or gradient is not finite.
         ValueError: ``student`` was not made from ``teacher``, or DeepSpeed is asked for and not installed.
         StorageError: a snapshot or the model cannot be written.
     """
