@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from matvlm.data.sources import DataError, entries
 from matvlm.storage import StorageError
 
 QUESTION, ANSWER = "what shape is the image", "a circle"
+
+TINY_DISK_MIB = 1
 
 
 @pytest.fixture(scope="module")
@@ -317,18 +317,6 @@ def test_a_killed_prepare_leaves_nothing_believed(tmp_path: Path) -> None:
     manifest = prepare(data, 0, out)
     assert manifest.num_samples == len(open_dataset(manifest)) == 22
     assert sorted(os.listdir(tmp_path)) == ["good.png", "out", "pipe.png", "talk.json"]
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may hold a file open
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, tiny_disk: Path) -> None:

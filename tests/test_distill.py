@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,7 @@ from matvlm.snapshots import SnapshotError
 from matvlm.storage import StorageError
 from matvlm.targets import TargetError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TINY_DISK_MIB = 2
 
 
 @pytest.fixture(scope="module")
@@ -215,18 +208,6 @@ def test_a_damaged_snapshot_costs_only_time(stage: Stage, whole: tuple[Checkpoin
     kept = Kept()
     assert weights(stage.run(tmp_path, kept)) == weights(whole[0])
     assert kept.computed == [3, 4, 5, 6]
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB, room for everything that a run leaves."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may hold a file open
 
 
 def test_a_full_disk_leaves_the_snapshot_before(stage: Stage, whole: tuple[Checkpoint, Kept], tiny_disk: Path) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from matvlm.distill.engine import TorchEngine, adamw, make_engine
 RATES = [1e-2, 2e-2, 5e-3, 5e-3, 1e-2]
 MICRO_BATCHES = 2
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def settings(engine: str = "torch", stage: int = 1) -> Distill:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,6 @@ SIZES = small.SmallVLM(
 )
 WORDS = "is there a red green blue circle triangle shape what color in the image ? yes no big small round"
 QUESTIONS = ["is there a red circle?", "what color?", "is there a blue triangle in the image?", "what shape is there?"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -269,3 +269,17 @@ def test_a_run_without_its_tracking_server_loses_nothing(tmp_path: Path, monkeyp
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert [step for step, _ in store.curve(runs["distill[aligned]"], "loss")] == [1, 2, 3, 4, 5, 6]
     assert store.client.get_model_version_by_alias("matvlm", "candidate").run_id == runs[""].info.run_id
+
+
+def test_the_teacher_flow_leaves_a_model_with_a_card(tmp_path: Path) -> None:
+    tiny = "training.updates=2 training.batch_size=4 training.held_out_images=2 evaluate.limit=20 data.max_samples=30"
+    code, output = run_flow(tmp_path, "run", "--set", tiny, flow="teacher_flow.py")
+    assert code == 0, output
+    folder = run_folder(tmp_path) / "teacher" / "model"
+    model, processor = matvlm.load(str(folder))
+    assert mixers(model) == {}
+    assert processor.tokenizer.unk_token_id not in processor.tokenizer("is there a blue circle?")["input_ids"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "python flows/teacher_flow.py --config recipe flows/recipes/teacher-easyvqa.yaml run` (2 updates)" in card
+    assert re.search(r"\| easyvqa/accuracy \| [01]\.\d{4} \|", card)
+    assert f"Teacher: {folder}" in output

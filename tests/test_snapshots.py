@@ -7,11 +7,9 @@ import logging
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from matvlm.snapshots import RECORD, STATE, SnapshotError, Snapshots
 from matvlm.storage import StorageError, sha256_file, write_json
 
 IDENTITY = {"seed": 0, "data": "abc", "training": {"lr": 1e-3, "betas": (0.9, 0.95), "steps": 7}}
+
+TINY_DISK_MIB = 1
 
 
 def state(update: int) -> dict[str, Any]:
@@ -213,18 +213,6 @@ def test_kill_9_while_saving_leaves_a_usable_snapshot(tmp_path: Path, moment: st
     store.save(3, state(3))
     assert sorted(os.listdir(folder)) == ["update-000002", "update-000003"]
     assert newest(store) == 3
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may hold a file open
 
 
 def test_a_full_disk_keeps_what_was_saved(tiny_disk: Path) -> None:

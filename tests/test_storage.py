@@ -151,18 +151,6 @@ def test_a_folder_cleared_before_it_was_locked_is_made_again(tmp_path: Path, mon
     assert storage.read_bytes(tmp_path / "state") == b"whole"
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of ``TINY_DISK_MIB``."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={TINY_DISK_MIB}m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may hold a file open
-
-
 def _save_safetensors(path: Path) -> None:
     save_file({"weight": torch.zeros(1 << 20)}, path)
 
