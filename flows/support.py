@@ -29,6 +29,7 @@ for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
 
 from metaflow import FlowSpec, Run, current  # noqa: E402
 from metaflow.exception import MetaflowException  # noqa: E402
+from metaflow.util import get_username  # noqa: E402
 
 from matvlm.config import Recipe, RecipeError, Section, parse_recipe, split_overrides  # noqa: E402
 from matvlm.models.layers import choose_layers  # noqa: E402
@@ -170,6 +171,8 @@ def parse(text: str, kind: type[Kind]) -> dict[str, Any]:
 
 def main(flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None] = lambda recipe: None) -> None:
     """Run ``flow`` from the command line; ``check`` may refuse a recipe with a ``RecipeError``."""
+    if get_username() is None:  # Metaflow does not run for root; `make` gives the same name
+        os.environ["USERNAME"] = "matvlm"
     command = next((word for word in sys.argv[1:] if word in ("run", "resume")), None)
     if command is None:
         flow()
