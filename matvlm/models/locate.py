@@ -22,13 +22,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What ``hybrid.load`` may read; a hub model's code and pickles stay where they are."""
 
 
-def locate(uri: str, revision: str | None = None) -> Path:
+def locate(uri: str) -> Path:
     """The local folder of the model at ``uri``, fetched first if it is on S3 or on the Hugging Face hub.
 
     Args:
         uri: ``package://NAME`` (shipped with matvlm), ``s3://bucket/key``, a local folder or a hub id ``org/name``,
             also ``org/name@revision``; a local folder goes before a hub id of the same name.
-        revision: of a hub id that names none: branch, tag or commit.
 
     Raises:
         ModelFolderError: there is no such shipped model, or no such folder and the hub does not give it either.
@@ -38,13 +37,11 @@ def locate(uri: str, revision: str | None = None) -> Path:
         return package_folder(uri)
     hub_id = HUB_ID.fullmatch(uri)
     if hub_id and not Path(uri).exists():
-        return _from_hub(hub_id[1], hub_id[2] or revision)
+        return _from_hub(hub_id[1], hub_id[2])
     return local_copy(uri)
 
 
-def load(
-    uri: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, revision: str | None = None
-) -> tuple[PreTrainedModel, Any]:
+def load(uri: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
     """Model, in evaluation mode, and processor of ``uri``; see ``locate`` and ``hybrid.load``.
 
     ``dtype`` None keeps that of the files, except on a CPU, which is slow at half precision: there it is float32.
@@ -54,7 +51,7 @@ def load(
     """
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    return hybrid.load(locate(uri, revision), dtype=dtype, device=device)
+    return hybrid.load(locate(uri), dtype=dtype, device=device)
 
 
 def describe(uri: str, label: str) -> Checkpoint:
