@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from matvlm.models.auto import register_with_transformers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -11,6 +13,8 @@ METAFLOW_PACKAGE_POLICY = "include"
 """Metaflow ships this whole package with a flow that imports it."""
 
 __version__ = "0.1.0"
+
+register_with_transformers()
 
 
 def load(uri: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:

@@ -231,14 +231,16 @@ def test_config_that_does_not_match_the_tensors(folder):
 
     rewrite_config(folder, move)
     refused(folder, r"matvlm.layers is \[0, 3\], but the tensors hold mixers for the layers \[0, 2\]")
-    rewrite_config(folder, lambda config: config.pop("matvlm"))
+    rewrite_config(folder, lambda config: config["matvlm"].pop("model_type"))
+    refused(folder, r"config.json: matvlm.model_type is None, which transformers does not know")
+    rewrite_config(folder, lambda config: config.pop("matvlm") and config.update(model_type="phi"))
     refused(folder, r"A_log")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda section: section.update(format=2), "matvlm.format is 2, expected 1"),
+        (lambda section: section.update(format=1), "matvlm.format is 1, expected 2"),
         (lambda section: section.update(layers=[0]), "layers and mixers must name the same layers"),
         (lambda section: section["mixers"]["2"].update(speed=1), r"mixers.2: missing or unknown options \['speed'\]"),
         (lambda section: section["mixers"]["2"].pop("rotary"), r"mixers.2: missing or unknown options \['rotary'\]"),
@@ -255,7 +257,7 @@ def test_folders_that_are_no_model(folder, tmp_path):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
     refused(folder, "model.safetensors: damaged")
     (folder / "model.safetensors").unlink()
-    rewrite_config(folder, lambda config: config.pop("matvlm"))
+    rewrite_config(folder, lambda config: config.pop("matvlm") and config.update(model_type="phi"))
     refused(folder, "cannot load the weights")
     rewrite_config(folder, lambda config: config.update(architectures=["NoSuchModel"]))
     refused(folder, "architectures: NoSuchModel is no model class of transformers")

@@ -1,8 +1,9 @@
 """The hybrid model: a transformers model of which some decoder layers hold a Mamba-2 mixer for ``self_attn``.
 
-It stays an instance of its own class, with the layers, forward and ``generate`` that class has. On disk it is an
-ordinary transformers folder whose config.json has one more section, ``matvlm``: the replaced layers, their
-initialisation, the mixers' options and where the model came from. ``load`` opens such folders and plain ones alike.
+It stays an instance of its own class, or rather of a subclass that only differs in how it is built and loaded, with the
+layers, forward and ``generate`` that class has. On disk it is an ordinary transformers folder whose config.json has one
+more section, ``matvlm``: the family, the replaced layers, their initialisation, the mixers' options and where the model
+came from. ``load`` opens such folders and plain ones alike; for the Auto classes see ``matvlm.models.auto``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,23 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from matvlm.models.auto import SECTION, hybrid_config
+from matvlm.models.card import write_card
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions
 from matvlm.storage import atomic_folder
 
-SECTION = "matvlm"
-FORMAT = 1
+FORMAT = 2
 CONNECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "merger")
 """What model families call the module between vision tower and decoder."""
 
@@ -69,9 +81,49 @@ def replace_(
     for index, mixer in made.items():
         decoder[index].self_attn = mixer
     options = {str(index): asdict(mixer.options) for index, mixer in made.items()}
-    setattr(model.config, SECTION, {"format": FORMAT, "layers": layers, "init": init, "mixers": options})
-    model._is_stateful = True  # generate() then refuses assisted decoding: a state cannot be rolled back
+    section = {
+        "format": FORMAT,
+        "model_type": model.config.model_type,
+        "layers": layers,
+        "init": init,
+        "mixers": options,
+    }
+    setattr(model.config, SECTION, section)
+    config_class: Any = type(model.config)
+    model_class: Any = type(model)
+    model.config.__class__ = hybrid_config(config_class)
+    model.__class__ = hybrid_class(model_class)
     return originals
+
+
+@cache
+def hybrid_class(base: Any) -> Any:
+    """``base``, built with the mixers that its config lists, so that ``from_pretrained`` fills them like all else.
+
+    Its ``from_pretrained`` is strict: a missing, unexpected or wrongly shaped tensor is a ``ModelFolderError``.
+    """
+
+    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        decoder = decoder_layers(self)
+        for index, values in getattr(config, SECTION)["mixers"].items():
+            if int(index) >= len(decoder):
+                raise RuntimeError(f"layer {index} of {SECTION}.layers does not exist in {len(decoder)} layers")
+            decoder[int(index)].self_attn = Mamba2Mixer(MixerOptions(**values), int(index))
+
+    def from_pretrained(cls: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, report = _load_strictly(super(made, cls).from_pretrained, name, *args, **kwargs)
+        return (model, report) if output_loading_info else model
+
+    attributes = {
+        "__init__": build,
+        "__module__": base.__module__,  # transformers looks into this module to see what the class supports
+        "config_class": hybrid_config(base.config_class) if base.config_class else None,
+        "from_pretrained": classmethod(from_pretrained),
+        "_is_stateful": True,  # generate() then refuses assisted decoding: a state cannot be rolled back
+    }
+    made: Any = type(base.__name__, (base,), attributes)
+    return made
 
 
 def trained_parameters(model: PreTrainedModel, train_connector: bool) -> dict[str, nn.Parameter]:
@@ -102,23 +154,31 @@ def find_connector(model: PreTrainedModel) -> nn.Module | None:
     return next((part for name, part in model.named_modules() if name.rpartition(".")[2] in CONNECTORS), None)
 
 
-def save(model: PreTrainedModel, processor: Any, folder: str | Path, provenance: Mapping[str, Any]) -> None:
-    """Write model, config and processor (or tokenizer, or None) as a folder that ``load`` opens; whole or not at all.
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: str | Path,
+    provenance: Mapping[str, Any],
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write model, config, processor (or tokenizer, or None) and, for a hybrid, a model card as a folder for ``load``.
 
-    ``provenance`` (JSON-able) says where the model came from. It goes into config.json: into the ``matvlm`` section of
-    a hybrid, and for a plain model as ``matvlm_provenance``, which ``load`` does not read.
+    The folder is written whole or not at all. The weights keep their dtype and are split into files of at most
+    ``max_shard_size``. ``provenance`` (JSON-able) says where the model came from. It goes into config.json: into the
+    ``matvlm`` section of a hybrid, and for a plain model as ``matvlm_provenance``, which ``load`` does not read.
 
     Raises:
         StorageError: the disk is full or not writable; what was there before is still there.
     """
     with atomic_folder(folder) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(unfinished)
         path = unfinished / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         if SECTION in config:
             config[SECTION]["provenance"] = dict(provenance)
+            write_card(unfinished / "README.md", config[SECTION], Path(folder).name, model)
         else:
             config[f"{SECTION}_provenance"] = dict(provenance)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -143,26 +203,40 @@ def load(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    base = _model_class(folder, config)
+    base: Any = _model_class(folder, config)
     section = getattr(config, SECTION, None)
     if section is not None:
         _check_section(folder, section)
+        base = hybrid_class(base)
     try:
-        build: Any = _with_mixers(base, section).from_pretrained
-        model, report = build(
+        model, _ = _load_strictly(
+            base.from_pretrained,
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelFolderError(f"{folder}: cannot load the weights: {error}") from error
-    _check_report(folder, report)
-    model.__class__ = base
-    model._is_stateful = base._is_stateful or section is not None
     return model.to(device).eval(), _load_processor(folder)
+
+
+def _load_strictly(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
+    """Model and loading report of ``from_pretrained(name, ...)``; raises unless every tensor had its place."""
+    options = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = from_pretrained(name, *args, **options)
+    problems = [
+        f"{kind} tensors {sorted(map(str, names))}"
+        for kind, names in (
+            ("missing", report["missing_keys"]),
+            ("unexpected", report["unexpected_keys"]),
+            ("wrongly shaped", report["mismatched_keys"]),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelFolderError(f"{name}: the weights do not fit config.json: {'; '.join(problems)}")
+    return model, report
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -175,11 +249,14 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    names = getattr(config, "architectures", None) or ["(none)"]
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ModelFolderError(f"{folder / 'config.json'}: architectures: {names[0]} is no model class of transformers")
-    return found
+    """The class that config.json's ``architectures`` names: one of transformers', or one registered with it."""
+    name = (getattr(config, "architectures", None) or ["(none)"])[0]
+    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    candidates = [getattr(transformers, name, None), *(mapping.get(type(config), None) for mapping in mappings)]
+    for found in candidates:
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
+            return found
+    raise ModelFolderError(f"{folder / 'config.json'}: architectures: {name} is no model class of transformers")
 
 
 def _check_section(folder: Path, section: Any) -> None:
@@ -203,7 +280,7 @@ def _check_section(folder: Path, section: Any) -> None:
 
 def _layers_with_mixers(folder: Path) -> list[int]:
     found = set()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as tensors:
                 matches = [re.search(r"layers\.(\d+)\.self_attn\.A_log$", name) for name in tensors.keys()]  # noqa: SIM118
@@ -213,34 +290,19 @@ def _layers_with_mixers(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def _with_mixers(base: type[PreTrainedModel], section: dict[str, Any] | None) -> type[PreTrainedModel]:
-    """``base``, built with the mixers that ``section`` lists, so that ``from_pretrained`` fills them like all else."""
-    if section is None:
-        return base
-
-    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        decoder = decoder_layers(self)
-        for index, values in section["mixers"].items():
-            if int(index) >= len(decoder):
-                raise RuntimeError(f"layer {index} of {SECTION}.layers does not exist in {len(decoder)} layers")
-            decoder[int(index)].self_attn = Mamba2Mixer(MixerOptions(**values), int(index))
-
-    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
-
-
-def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
-    problems = [
-        f"{kind} tensors {sorted(map(str, names))}"
-        for kind, names in (
-            ("missing", report["missing_keys"]),
-            ("unexpected", report["unexpected_keys"]),
-            ("wrongly shaped", report["mismatched_keys"]),
-        )
-        if names
-    ]
-    if problems:
-        raise ModelFolderError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, all of which exist."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelFolderError(f"{index}: damaged: {error}") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelFolderError(f"{folder}: not there, but in {index.name}: {', '.join(missing)}")
+    return [folder / name for name in names]
 
 
 def _load_processor(folder: Path) -> Any:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from matvlm.artifacts import Checkpoint
 from matvlm.models import hybrid
+from matvlm.models.auto import SECTION
 from matvlm.models.hybrid import ModelFolderError
 from matvlm.storage import local_copy
 
@@ -65,7 +66,7 @@ def describe(uri: str, label: str) -> Checkpoint:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{path}: cannot be read: {error}") from None
-    section = config.get(hybrid.SECTION) or {}
+    section = config.get(SECTION) or {}
     return Checkpoint(
         uri=uri,
         label=label,
