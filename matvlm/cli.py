@@ -59,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    command = add("inspect", _inspect, "say what a recipe will do, without doing it")
-    command.add_argument("recipe", metavar="RECIPE", help="for instance flows/recipes/easyvqa.yaml")
-    change = "change fields first, for instance distill.epochs=2"
+    command = add("inspect", _inspect, "say what a recipe will do, or what a model is and costs", CHECKPOINTS)
+    what = "a recipe, for instance flows/recipes/easyvqa.yaml, or a checkpoint"
+    command.add_argument("subject", metavar="RECIPE|CHECKPOINT", help=what)
+    change = "change a recipe's fields first, for instance distill.epochs=2"
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=change)
 
     command = add("sync", _sync, "send to MLflow what it has missed of a run")
@@ -88,9 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, [override for text in options.set for override in split_overrides(text)])
-    from matvlm.inspection import describe
+    from matvlm.inspection import describe, describe_model
 
+    if Path(options.subject).suffix not in (".yaml", ".yml"):
+        print(describe_model(resolve_checkpoint(options.subject)), end="")
+        return
+    recipe = load_recipe(options.subject, [override for text in options.set for override in split_overrides(text)])
     print(describe(recipe), end="")
 
 

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from matvlm import kernels
 from matvlm.artifacts import Checkpoint, ProfilePoint, ProfileResult
 from matvlm.config import Profile
+from matvlm.costs import cache_bytes
 from matvlm.models import locate
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
@@ -130,18 +131,6 @@ def compare(result: ProfileResult, baseline: str = "teacher") -> list[Comparison
         for point in result.points
         if point.label != baseline
     ]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of every tensor a Hugging Face cache holds: keys, values, convolution and recurrent states."""
-    return sum(tensor_bytes(vars(layer)) for layer in cache.layers)
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in ``value``: a tensor, or a dictionary of such values; 0 for anything else."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(tensor_bytes, value.values())) if isinstance(value, dict) else 0
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:

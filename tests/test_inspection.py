@@ -9,15 +9,17 @@ import easy_vqa
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import DynamicCache
+from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 from transformers.activations import ACT2FN
 
+from matvlm import cli
 from matvlm.config import Teacher, load_recipe, parse_recipe
+from matvlm.costs import cache_bytes, decode_cost, kv_bytes
 from matvlm.init import convert_
-from matvlm.inspection import count_samples, describe, kv_bytes, saved_bytes_per_token, skeleton, state_bytes
+from matvlm.inspection import describe, describe_model, skeleton
+from matvlm.inspection.recipe import count_samples, saved_bytes_per_token
 from matvlm.models import hybrid
 from matvlm.models.small import SmallVLM, build_model, build_tokenizer
-from matvlm.profiling import cache_bytes
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
 SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("teacher-*")))
@@ -86,13 +88,12 @@ def test_without_the_connector_only_mixers_are_trained(folder):
 
 def test_decoding_state_is_that_of_the_real_hybrids_cache(folder, student):
     ghost = skeleton.build(Teacher(model=str(folder)))
-    kept = sum(size for number, size in enumerate(kv_bytes(ghost)) if number not in LAYERS)
-    states = sum(map(state_bytes, hybrid.mixers(student).values()))
+    convert_(ghost, LAYERS, "aligned")
     for length in (1, 50):
         cache = DynamicCache(config=student.config.get_text_config(decoder=True))
         with torch.inference_mode():
             student.get_decoder()(torch.zeros(1, length, dtype=torch.long), past_key_values=cache, use_cache=True)
-        assert cache_bytes(cache) == length * kept + states
+        assert cache_bytes(cache) == decode_cost(ghost).cache(length)
 
 
 def test_a_skeleton_has_the_recipes_dtype_and_no_memory(folder):
@@ -223,3 +224,55 @@ def test_a_hub_model_is_read_from_its_config_alone(folder, monkeypatch):
         server.shutdown()
     assert asked[0] == "/somebody/vlm/resolve/v2/config.json"
     assert ghost.config.text_config.hidden_size == SIZES.hidden
+
+
+def test_a_decode_step_moves_what_it_is_said_to(teacher, student):
+    """By hand: 4 layers of hidden 32; a mixer's state is 4 heads x 8 x 8, and 3 inputs of its 96 channels, float32."""
+    plain, mixed = decode_cost(teacher), decode_cost(student)
+    decoder = sum(p.numel() for p in teacher.get_decoder().parameters()) - teacher.get_input_embeddings().weight.numel()
+    assert plain.weights == 4 * (decoder + sum(p.numel() for p in teacher.lm_head.parameters()))
+    assert (plain.per_token, plain.per_sequence) == (4 * 2 * 32 * 4, 0)
+    assert (mixed.per_token, mixed.per_sequence) == (2 * 2 * 32 * 4, 2 * 4 * (4 * 8 * 8 + 3 * 96))
+    assert plain.step(100, batch=3) == plain.weights + 3 * 101 * plain.per_token
+    assert mixed.step(100) == mixed.weights + 101 * mixed.per_token + 2 * mixed.per_sequence
+
+
+def test_the_papers_model_costs_what_is_known_of_it():
+    """Phi-2's keys and values take 327,680 B a token in bfloat16, a Mamba-2 state of 32 x 80 x 80 float32 819 KB."""
+    config = PhiConfig(vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32)
+    with torch.device("meta"):
+        model = PhiForCausalLM(config).bfloat16()
+    cost = decode_cost(model)
+    assert cost.per_token == 327_680
+    assert cost.weights == pytest.approx(5.3e9, rel=0.01)
+    convert_(model, range(0, 32, 4), "paper")
+    cost = decode_cost(model)
+    assert cost.per_token == 327_680 * 3 // 4
+    assert cost.per_sequence == 8 * (32 * 80 * 80 * 4 + 3 * 2560 * 3 * 2)
+
+
+def test_a_hybrid_folder_is_described_with_its_teacher(student, teacher, tmp_path):
+    hybrid.save(student.bfloat16(), None, tmp_path / "student", {"teacher": "org/name", "updates": 12})
+    (tmp_path / "student" / "model.safetensors").unlink()  # the config is enough
+    text = describe_model(str(tmp_path / "student"), contexts=[64])
+    assert "2 of 4 decoder layers are Mamba-2 (50.0%): 0, 2\n  start: aligned\n  teacher: org/name\n" in text
+    assert "LlavaForConditionalGeneration (llava), bfloat16" in text
+    assert row(text, "hybrid")[0] == count(student.parameters())
+    assert row(text, "teacher") == [count(teacher.parameters())] * 2
+    teacher_cost, cost = decode_cost(teacher.bfloat16()), decode_cost(student)
+    teacher.float()
+    assert f"{teacher_cost.step(64) / cost.step(64):.2f}\n" in text.split("ratio", 1)[1]
+
+
+def test_a_plain_model_is_described_alone(folder, teacher):
+    text = describe_model(str(folder))
+    assert "4 decoder layers, all attention" in text
+    assert row(text, "model")[0] == count(teacher.parameters())
+    assert not re.search(r"^  (ratio|hybrid|teacher) ", text, re.MULTILINE)
+
+
+def test_the_command_tells_a_recipe_from_a_model(folder, capsys):
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "4 decoder layers, all attention" in capsys.readouterr().out
+    assert cli.main(["inspect", str(folder / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A teacher without its weights: built from its ``config.json`` alone, on PyTorch's ``meta`` device."""
+"""A model without its weights: built from its ``config.json`` alone, on PyTorch's ``meta`` device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from matvlm.config import Teacher
-from matvlm.models.locate import PACKAGE, package_folder
+from matvlm.models.auto import SECTION
+from matvlm.models.locate import HUB_ID, PACKAGE, package_folder
 from matvlm.storage import StorageError, join, read_json
 
 HUB_SECONDS = 4.0
@@ -34,26 +35,48 @@ def build(teacher: Teacher) -> Any:
     Raises:
         Unreachable: its config cannot be read, or transformers has no such architecture.
     """
-    raw = _read_config(teacher)
+    return _build(teacher.model, _read_config(teacher.model, teacher.revision), getattr(torch, teacher.dtype))
+
+
+def build_uri(uri: str) -> Any:
+    """The model at ``uri`` (see ``matvlm.models.locate.locate``), hybrid or not, in the dtype of its files.
+
+    Raises:
+        Unreachable: as ``build`` does.
+    """
+    hub_id = HUB_ID.fullmatch(uri)
+    name, revision = (hub_id[1], hub_id[2]) if hub_id and not Path(uri).exists() else (uri, None)
+    return _build(uri, _read_config(name, revision), None)
+
+
+def build_plain(hybrid: Any) -> Any:
+    """What ``hybrid`` was converted from: the same model with attention in every layer."""
+    raw = hybrid.config.to_dict()
+    raw["model_type"] = raw.pop(SECTION)["model_type"]
+    return _build("the teacher", raw, hybrid.dtype)
+
+
+def _build(name: str, raw: dict[str, Any], dtype: torch.dtype | None) -> Any:
     model_type = str(raw.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        raise Unreachable(f"{teacher.model}: transformers has no architecture {model_type!r}")
+        raise Unreachable(f"{name}: transformers has no architecture {model_type!r}")
     config = CONFIG_MAPPING[model_type].from_dict(raw)
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    if dtype is None:
+        dtype = config.dtype or torch.float32
     with torch.device("meta"):
-        return auto.from_config(config, dtype=getattr(torch, teacher.dtype)).eval()
+        return auto.from_config(config, dtype=dtype).eval()
 
 
-def _read_config(teacher: Teacher) -> dict[str, Any]:
-    name = teacher.model
+def _read_config(name: str, revision: str | None) -> dict[str, Any]:
     try:
         if name.startswith(PACKAGE):
             raw = read_json(package_folder(name) / "config.json")
         elif name.startswith("s3://") or Path(name).is_dir():
             raw = read_json(join(name, "config.json"))
         else:
-            raw = _read_from_hub(name, teacher.revision)
+            raw = _read_from_hub(name, revision)
     except (StorageError, OSError, ValueError) as error:
         raise Unreachable(f"{name}: cannot read its config.json: {_one_line(error)}") from error
     if not isinstance(raw, dict):
