@@ -32,7 +32,7 @@ from metaflow.exception import MetaflowException  # noqa: E402
 from metaflow.util import get_username  # noqa: E402
 
 from matvlm.config import Recipe, RecipeError, Section, parse_recipe, split_overrides  # noqa: E402
-from matvlm.models.layers import choose_layers  # noqa: E402
+from matvlm.models.layers import check_choice  # noqa: E402
 from matvlm.reporting import Reporter, Reporters  # noqa: E402
 from matvlm.tracking import Tracker, environment, flatten  # noqa: E402
 
@@ -132,7 +132,7 @@ def check_layers(recipe: Recipe, num_layers: int | None = None) -> None:
     num_layers = num_layers or _layers_at_hand(recipe.teacher.model)
     try:
         if num_layers:
-            choose_layers(num_layers, recipe.hybrid.ratio, recipe.hybrid.layers)
+            check_choice(num_layers, recipe.hybrid.ratio, recipe.hybrid.layers)
     except ValueError as error:
         raise RecipeError(f"hybrid: {error} (teacher: {recipe.teacher.model})") from None
 

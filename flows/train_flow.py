@@ -84,14 +84,22 @@ class TrainFlow(FlowSpec):
         self.targets = store.model_dump(mode="json")
         self.next(self.init_hybrid)
 
+    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def init_hybrid(self):
         from matvlm.distill import init_student
+        from matvlm.sensitivity import choose_by_sensitivity
 
-        recipe = self.settings()
-        teacher = Checkpoint.model_validate(self.teacher)
+        recipe, layers = self.settings(), None
+        teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
         with support.stage(self, recipe, "init_hybrid") as reporter:
-            students = [init_student(recipe, teacher, init, self.path("init", init)) for init in recipe.hybrid.variants]
+            if recipe.hybrid.layers == "sensitivity":
+                report = choose_by_sensitivity(recipe, teacher, data, self.path("init"), reporter, support.device())
+                layers = report.chosen
+                print(report.table())
+            students = [
+                init_student(recipe, teacher, init, self.path("init", init), layers) for init in recipe.hybrid.variants
+            ]
             reporter.metrics({"replaced_layers": len(students[0].layers), "parameters": students[0].parameters})
         self.students = [student.model_dump(mode="json") for student in students]
         self.next(self.distill, foreach="students")

@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 
-LayerRule = Literal["even", "paper", "first", "middle", "last"]
+LayerRule = Literal["even", "paper", "first", "middle", "last", "sensitivity"]
 LayerList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Layers = Annotated[
     Annotated[LayerRule, Tag("(rule)")] | Annotated[LayerList, Tag("(list)")],
@@ -80,6 +80,26 @@ class Data(Section):
         return self
 
 
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 2.0e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Weight = 0.01
+    """Applied to matrices only; 1-D parameters have none."""
+    clip_grad_norm: Annotated[float, Field(gt=0.0)] = 0.1
+
+
+class Sensitivity(Section):
+    """How ``layers: sensitivity`` measures the layers: each aligned for a short while, then tried alone."""
+
+    updates: Count = 50
+    """Optimiser updates of the alignment; all layers share them."""
+    batch_size: Count = 16
+    """Samples per update, and per forward pass of the trial."""
+    held_out_samples: Count = 256
+    """Samples that the trial is made on; none of them is aligned on."""
+    optimizer: Optimizer = Optimizer(lr=1.0e-3, clip_grad_norm=1.0)
+
+
 class Hybrid(Section):
     """Which attention layers become Mamba-2 and how the mixers start (arXiv 2503.13440)."""
 
@@ -87,6 +107,8 @@ class Hybrid(Section):
     """Share of decoder layers to replace. At least one layer stays attention."""
     layers: Layers = "even"
     """A rule, or the explicit layer numbers (then ``ratio`` is ignored)."""
+    sensitivity: Sensitivity = Sensitivity()
+    """Used by ``layers: sensitivity`` only."""
     init: InitName = "aligned"
     compare_inits: list[InitName] = []
     """Further initialisations distilled with the same budget and evaluated beside ``init``."""
@@ -112,14 +134,6 @@ class Targets(Section):
     top_k: Annotated[int, Field(gt=0, le=1024)] = 32
     shards: Count = 2
     batch_size: Count = 32
-
-
-class Optimizer(Section):
-    lr: Annotated[float, Field(gt=0.0)] = 2.0e-4
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    weight_decay: Weight = 0.01
-    """Applied to matrices only; 1-D parameters have none."""
-    clip_grad_norm: Annotated[float, Field(gt=0.0)] = 0.1
 
 
 class Schedule(Section):

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from matvlm.models import families
+from matvlm.models.auto import SECTION
+from matvlm.models.families import Attention, read_attention
 from matvlm.models.hybrid import replace_
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions, inverse_softplus
 
@@ -28,67 +29,6 @@ GATE_OF_ONE = 1.2784645427610738
 """z with silu(z) = 1."""
 HORIZONS = (4.0, 256.0)
 """Tokens after which the fastest and the slowest head of ``aligned`` have forgotten all but 1/e."""
-
-
-@dataclass(frozen=True)
-class Projections:
-    """An attention's weights [out, in] and biases [out] or None; q has H heads, k and v have KV, of width P."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    o_bias: Tensor | None
-    head_dim: int
-
-    def options(self, chunk_size: int) -> MixerOptions:
-        """Those of a plain Mamba-2 mixer with this attention's widths, and with biases where the attention has any."""
-        return MixerOptions(
-            hidden_size=self.q.shape[1],
-            num_heads=self.q.shape[0] // self.head_dim,
-            num_kv_heads=self.k.shape[0] // self.head_dim,
-            head_dim=self.head_dim,
-            in_bias=any(bias is not None for bias in (self.q_bias, self.k_bias, self.v_bias)),
-            out_bias=self.o_bias is not None,
-            chunk_size=chunk_size,
-        )
-
-
-def read_attention(attention: nn.Module) -> Projections:
-    """The projections of ``attention``: q/k/v_proj or a fused qkv_proj, and o_proj or dense.
-
-    Raises:
-        ValueError: it has none of these, or heads that a mixer cannot have.
-    """
-    head_dim = getattr(attention, "head_dim", None)
-    out: Any = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
-    fused: Any = getattr(attention, "qkv_proj", None)
-    parts: list[Any] = [getattr(attention, f"{name}_proj", None) for name in "qkv"]
-    if head_dim is None or out is None or (fused is None and None in parts):
-        raise ValueError(
-            f"{type(attention).__name__}: unknown attention; expected head_dim, q_proj, k_proj, v_proj (or qkv_proj) "
-            "and o_proj (or dense)"
-        )
-    if fused is not None:
-        inner = out.weight.shape[1]
-        kv = (fused.weight.shape[0] - inner) // 2
-        weights = list(fused.weight.split([inner, kv, kv]))
-        biases = [None] * 3 if fused.bias is None else list(fused.bias.split([inner, kv, kv]))
-    else:
-        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-    lost = [name for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") if hasattr(attention, name)]
-    if lost:
-        log.warning("%s: the mixer has no place for %s", type(attention).__name__, ", ".join(lost))
-    (q, k, v), (q_bias, k_bias, v_bias) = weights, biases
-    if q.shape[0] != out.weight.shape[1] or k.shape != v.shape:
-        raise ValueError(
-            f"{type(attention).__name__}: heads of unequal widths: q {q.shape[0]}, k {k.shape[0]}, v {v.shape[0]}, "
-            f"output {out.weight.shape[1]}"
-        )
-    return Projections(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias, head_dim)
 
 
 def random(attention: nn.Module, layer_idx: int, generator: torch.Generator, chunk_size: int = 64) -> Mamba2Mixer:
@@ -114,23 +54,35 @@ def aligned(attention: nn.Module, layer_idx: int, generator: torch.Generator, ch
 
         conv = identity, without SiLU           z: weight 0, bias such that silu(z) = 1          D = 0
         A = -1, dt: weight and bias 0, dt_bias = softplus^-1(1 / h)     one horizon h per head, log-spaced 4 ... 256
-        C, B <- rotary(C), rotary(B)            x <- x / softplus(dt), so that a slow decay does not shrink the input
+        C, B <- rotary(norm(C)), rotary(norm(B))
+        x <- x / softplus(dt), so that a slow decay does not shrink the input
 
-        =>  y[t] = sum over s <= t of exp(-(t - s) / h) * (rotary(q[t]) . rotary(k[s])) * v[s]
+        =>  y[t] = sum over s <= t of exp(-(t - s) / h) * (rotary(norm(q[t])) . rotary(norm(k[s]))) * v[s]
 
-    Attention's ``1 / sqrt(P)`` and the sum's size do not matter: the norm of each head after the scan removes them. All
-    of it stays trainable. Nothing is drawn at random.
+    norm is the attention's RMS norm of each head of q and k, weights included, where it has one (qwen3, gemma3), and
+    rotary is left out where it has none (every fourth layer of smollm3). Attention's ``1 / sqrt(P)``, whatever a family
+    has in its place, and the sum's size do not matter: the norm of each head after the scan removes them. All of it
+    stays trainable. Nothing is drawn at random.
 
     Raises:
         ValueError: the attention rotates q and k in another way than in halves.
     """
     source = read_attention(attention)
-    rotary = _rotates_halves(attention)
-    options = replace(source.options(chunk_size), in_bias=True, conv_silu=False, rotary=rotary, scale_input_by_dt=False)
+    options = replace(
+        source.options(chunk_size),
+        in_bias=True,
+        conv_silu=False,
+        rotary=families.rotates_halves(attention),
+        qk_norm_eps=None if source.q_norm is None else source.q_norm.eps,
+        scale_input_by_dt=False,
+    )
     mixer = _new_mixer(options, layer_idx, generator, like=attention)
     for name in ("in_proj.weight", "in_proj.bias", "conv_weight", "conv_bias", "A_log", "D"):
         mixer.get_parameter(name).zero_()
     _copy_projections(source, mixer)
+    for weight, norm in ((mixer.B_norm_weight, source.k_norm), (mixer.C_norm_weight, source.q_norm)):
+        if weight is not None and norm is not None:
+            weight.copy_(norm.weight)
     mixer.in_proj.bias[: mixer.gate_size] = GATE_OF_ONE
     mixer.conv_weight[:, -1] = 1.0
     first, last = (math.log2(horizon) for horizon in HORIZONS)
@@ -167,9 +119,13 @@ def convert_(
 
     Raises:
         ValueError: an unknown ``init``, layers that cannot be replaced, or an attention of an unknown form.
+
+    What the mixers do otherwise than the attentions (``families.caveats``) is logged, a warning each, and recorded in
+    the model's config.
     """
     if init not in INITS:
         raise ValueError(f"init {init!r} is not one of {', '.join(INITS)}")
+    families.check(model)
 
     def make(attention: nn.Module, layer_idx: int) -> Mamba2Mixer:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer_idx)
@@ -177,7 +133,12 @@ def convert_(
         mixer.kernels = kernels
         return mixer.train(model.training)
 
-    return replace_(model, layers, make, init)
+    originals = replace_(model, layers, make, init)
+    found = families.caveats(model, originals, init)
+    getattr(model.config, SECTION)["caveats"] = found
+    for caveat in found:
+        log.warning("%s: %s", type(model).__name__, caveat)
+    return originals
 
 
 def _new_mixer(options: MixerOptions, layer_idx: int, generator: torch.Generator, like: nn.Module) -> Mamba2Mixer:
@@ -189,7 +150,7 @@ def _new_mixer(options: MixerOptions, layer_idx: int, generator: torch.Generator
     return mixer.to(dtype=weight.dtype, device=weight.device)
 
 
-def _copy_projections(source: Projections, mixer: Mamba2Mixer) -> None:
+def _copy_projections(source: Attention, mixer: Mamba2Mixer) -> None:
     rows = in_proj_rows(mixer)
     for part, weight, bias in (
         ("x", source.v, source.v_bias),
@@ -211,14 +172,3 @@ def in_proj_rows(mixer: Mamba2Mixer) -> dict[str, slice]:
     return {
         name: slice(end - size, end) for name, size, end in zip(("z", "x", "B", "C", "dt"), sizes, ends, strict=True)
     }
-
-
-def _rotates_halves(attention: nn.Module) -> bool:
-    """Whether ``attention`` has rotary embeddings; raises if they do not pair the first half with the second."""
-    family: Any = sys.modules[type(attention).__module__]
-    if getattr(attention, "use_rope", True) is False or not hasattr(family, "apply_rotary_pos_emb"):
-        return False
-    turned = family.rotate_half(torch.arange(4.0)) if hasattr(family, "rotate_half") else None
-    if turned is None or turned.tolist() != [-2.0, -3.0, 0.0, 1.0]:
-        raise ValueError(f"{type(attention).__name__}: init aligned does not know its rotary embedding: use init paper")
-    return True

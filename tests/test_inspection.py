@@ -165,6 +165,12 @@ def test_more_gpus_share_what_zero_shards(folder):
     assert float(gradients("resources.gpu=4", "distill.deepspeed.zero_stage=1")) == alone
 
 
+def test_layers_that_are_yet_to_be_measured_are_counted(folder):
+    text = describe(recipe(folder, "hybrid.layers=sensitivity", "hybrid.ratio=0.5"))
+    assert "2 of 4 decoder layers become Mamba-2 (50.0%): those that init_hybrid measures to matter least" in text
+    assert row(text, "hybrid") == row(describe(recipe(folder)), "hybrid")
+
+
 def test_layers_that_cannot_be_replaced_are_an_error(folder):
     with pytest.raises(ValueError, match="all 4 layers"):
         describe(recipe(folder, "hybrid.layers=[0, 1, 2, 3]"))

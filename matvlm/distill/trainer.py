@@ -7,6 +7,7 @@ continues from a snapshot repeats exactly what an uninterrupted one would have d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,28 @@ _FREE_TO_CHANGE = ("checkpoint_every_updates", "keep_checkpoints", "log_every_up
 """Fields of ``recipe.distill`` that do not change what is computed."""
 
 
-def init_student(recipe: Recipe, teacher: Checkpoint, init: str, folder: Path) -> Checkpoint:
+def init_student(
+    recipe: Recipe, teacher: Checkpoint, init: str, folder: Path, layers: Sequence[int] | None = None
+) -> Checkpoint:
     """Replace attention by Mamba-2 in a copy of ``teacher`` and save the untrained hybrid to ``folder``.
+
+    Args:
+        layers: which to replace; None chooses by ``recipe.hybrid``, where nothing needs to be measured for that.
 
     Raises:
         ValueError: the layers cannot be chosen or replaced (see ``choose_layers``, ``convert_``).
     """
     settings = recipe.hybrid
     model, processor = locate.load(teacher.uri, dtype=getattr(torch, recipe.teacher.dtype))
-    layers = choose_layers(len(hybrid.decoder_layers(model)), settings.ratio, settings.layers)
-    convert_(model, layers, init, recipe.seed, settings.chunk_size, settings.kernels)
+    rule = settings.layers if layers is None else layers
+    chosen = choose_layers(len(hybrid.decoder_layers(model)), settings.ratio, rule)
+    convert_(model, chosen, init, recipe.seed, settings.chunk_size, settings.kernels)
     hybrid.save(model, processor, folder, {"teacher": teacher.uri, "seed": recipe.seed})
     return Checkpoint(
         uri=str(folder),
         label="student",
         init=init,
-        layers=layers,
+        layers=chosen,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 

@@ -21,7 +21,7 @@ from matvlm.inspection.model import count, decode_table, parameter_table, state_
 from matvlm.inspection.skeleton import Unreachable, build
 from matvlm.inspection.text import heading, size_text, table
 from matvlm.models import hybrid
-from matvlm.models.layers import choose_layers
+from matvlm.models.layers import SENSITIVITY, choose_layers
 
 ADAM_BYTES = 8
 """Two float32 moments of a trained parameter."""
@@ -112,7 +112,8 @@ def saved_bytes_per_token(config: Any, num_mixers: int, value_bytes: int) -> int
 def _build(recipe: Recipe) -> _Model:
     model, wanted = build(recipe.teacher), recipe.hybrid
     teacher_parameters, teacher_cost = count(model.parameters()), decode_cost(model)
-    layers = choose_layers(len(hybrid.decoder_layers(model)), wanted.ratio, wanted.layers)
+    rule = "even" if wanted.layers == SENSITIVITY else wanted.layers  # as many layers, and of the same size
+    layers = choose_layers(len(hybrid.decoder_layers(model)), wanted.ratio, rule)
     originals = init.convert_(model, layers, wanted.init, recipe.seed, wanted.chunk_size, wanted.kernels)
     trained = hybrid.trained_parameters(model, recipe.distill.train_connector)
     return _Model(model, originals, trained, teacher_parameters, teacher_cost)
@@ -121,9 +122,10 @@ def _build(recipe: Recipe) -> _Model:
 def _layers(recipe: Recipe, model: _Model) -> str:
     total = len(hybrid.decoder_layers(model.hybrid))
     replaced = sorted(model.originals)
+    measured = recipe.hybrid.layers == SENSITIVITY
+    which = "those that init_hybrid measures to matter least" if measured else ", ".join(map(str, replaced))
     return (
-        f"{len(replaced)} of {total} decoder layers become Mamba-2 ({len(replaced) / total:.1%}): "
-        f"{', '.join(map(str, replaced))}\n"
+        f"{len(replaced)} of {total} decoder layers become Mamba-2 ({len(replaced) / total:.1%}): {which}\n"
         f"start: {recipe.hybrid.init}" + "".join(f"; also distilled: {name}" for name in recipe.hybrid.compare_inits)
     )
 

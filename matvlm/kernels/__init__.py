@@ -1,7 +1,8 @@
 """The two operators of a Mamba-2 mixer, and which implementation of them runs.
 
 ``torch``: pure PyTorch, any device, the reference.  ``mamba_ssm``: the Triton kernels of the mamba-ssm package for the
-scan and, where it is installed too, causal-conv1d for the convolution; CUDA only.
+scan and, where it is installed too, causal-conv1d for the convolution; CUDA only, but for Triton's interpreter
+(``TRITON_INTERPRET=1``), which tests the scan's kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _resolve(requested: str, source: str, device_type: str) -> str:
     if requested == "torch" or (requested == "auto" and device_type != "cuda"):
         log.info("Mamba-2 kernels on %s: torch", device_type)
         return "torch"
-    if requested == "mamba_ssm" and device_type != "cuda":
+    if requested == "mamba_ssm" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"{source}=mamba_ssm needs CUDA tensors, got {device_type}: use auto or torch")
     try:
         load_function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")

@@ -41,16 +41,21 @@ def causal_conv1d(
         if x.shape[1] == 1:
             return _one_token(x, weight, bias, initial_state, silu)
         x = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)
-    if resolve_backend(backend, x.device) == "mamba_ssm" and has_fused_conv():
+    if resolve_backend(backend, x.device) == "mamba_ssm" and _fused_takes(x, weight):
         fused = load_function("causal_conv1d", "causal_conv1d_fn")
-        if x.stride(1) % 8:  # it reads eight channels at a time
-            x = x.contiguous()
+        if x.stride(0) % 8 or x.stride(1) % 8 or x.stride(2) != 1:  # it reads eight channels at a time
+            x = x.clone(memory_format=torch.contiguous_format)
         y = fused(x.transpose(1, 2), weight, bias, activation="silu" if silu else None).transpose(1, 2)
     else:
         y = _CausalConv.apply(x, weight.to(x.dtype), bias.to(x.dtype))
         y = F.silu(y) if silu else y
     state = x[:, max(0, x.shape[1] - weight.shape[1] + 1) :].transpose(1, 2)
     return y[:, before:], F.pad(state, (weight.shape[1] - 1 - state.shape[-1], 0))
+
+
+def _fused_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether causal-conv1d is there and has a kernel for this device and these numbers of channels and taps."""
+    return x.is_cuda and x.shape[2] % 8 == 0 and 2 <= weight.shape[1] <= 4 and has_fused_conv()
 
 
 def _one_token(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,14 @@
 
 with ``s = dt``, or ``s = 1`` where the caller wants the decay not to rescale the input. Shapes: B batch, L tokens, H
 heads, P head width, G groups of heads that share B or C (H is a multiple of G), N state width; in the code also n
-chunks of Q tokens. Everything inside is float32, whatever the inputs are and whatever autocast says.
+chunks of Q tokens. In torch everything inside is float32, whatever the inputs are and whatever autocast says (a
+``backward`` called inside of autocast is PyTorch's to round, and it does).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from matvlm.kernels import load_function, resolve_backend
+
+LEAST_STEP = 1e-12
+"""Added to dt before dividing by it: x / dt**2 stays finite, and no decay nor any dt above 1e-5 changes in float32."""
+MOST_BLOCKS, MOST_ELEMENTS = 2**16 - 1, 2**31
+"""CUDA's largest second or third grid dimension, and how many elements a signed 32-bit integer can tell apart."""
 
 
 def ssd_scan(
@@ -49,7 +57,7 @@ def ssd_scan(
     """
     if resolve_backend(backend, x.device) == "mamba_ssm":
         return _scan_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk_size, scale_input)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         return _scan_torch(x, dt, A, B, C, D, initial_state, chunk_size, scale_input)
 
 
@@ -61,16 +69,22 @@ def ssd_step(
     Returns:
         y [B, H, P] in x's dtype and the new state in float32; ``state`` itself is not changed.
     """
-    heads = x.shape[1]
-    x32, dt = x.float(), dt.float()
-    scaled = x32 * dt[..., None] if scale_input else x32
-    B, C = _spread(B.float(), heads), _spread(C.float(), heads)
-    decay = torch.exp(dt * A.float())[..., None, None]
-    state = decay * state.float() + scaled[..., None] * B[..., None, :]
-    y = torch.matmul(state, C[..., None]).squeeze(-1)
-    if D is not None:
-        y = y + D.float()[:, None] * x32
-    return y.to(x.dtype), state
+    with _without_autocast(x.device.type):
+        heads = x.shape[1]
+        x32, dt = x.float(), dt.float()
+        scaled = x32 * dt[..., None] if scale_input else x32
+        B, C = _spread(B.float(), heads), _spread(C.float(), heads)
+        decay = torch.exp(dt * A.float())[..., None, None]
+        state = decay * state.float() + scaled[..., None] * B[..., None, :]
+        y = torch.matmul(state, C[..., None]).squeeze(-1)
+        if D is not None:
+            y = y + D.float()[:, None] * x32
+        return y.to(x.dtype), state
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; the ``meta`` device, on which costs are counted, has none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _spread(grouped: Tensor, heads: int) -> Tensor:
@@ -189,24 +203,72 @@ def _scan_mamba_ssm(
     chunk_size: int,
     scale_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    scan = load_function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
-    dt = dt.float()
-    if not scale_input:  # the kernel always multiplies by dt
-        skip = None if D is None else D.float()[:, None] * x
-        x = (x.float() / dt.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(x.dtype)
-        y, state = _scan_mamba_ssm(x, dt, A, B, C, None, initial_state, chunk_size, scale_input=True)
-        return (y if skip is None else y + skip.to(y.dtype)), state
+    """``ssd_scan`` with the Triton kernels: sums in float32, their terms in x's dtype (TF32 for float32)."""
     groups = max(B.shape[2], C.shape[2])
-    y, state = scan(
-        x.contiguous(),
-        dt,
-        A.float(),
-        _spread(B, groups).to(x.dtype).contiguous(),
-        _spread(C, groups).to(x.dtype).contiguous(),
-        # Its chunks must be powers of two, of at least 16 tokens.
-        chunk_size=max(16, 1 << (chunk_size - 1).bit_length()),
-        D=None if D is None else D.float(),
-        initial_states=initial_state,
-        return_final_states=True,
-    )
-    return y, state
+    B, C = _spread(B, groups).to(x.dtype), _spread(C, groups).to(x.dtype)
+    if scale_input:
+        return _launch(x, dt.float(), A, B, C, D, initial_state, chunk_size)
+    # The kernel always multiplies by dt, so divide first. In float32, as in the gradient of dt this division's part and
+    # the kernel's cancel: rounding them to bfloat16 leaves noise of 8 % of that gradient where dt is 1 / 256.
+    dt = dt.float() + LEAST_STEP
+    y, state = _launch(x / dt[..., None], dt, A, B, C, None, initial_state, chunk_size)
+    return (y if D is None else y + D.float()[:, None] * x).to(x.dtype), state
+
+
+def _launch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The kernels, on as many sequences at a time as they can address."""
+    scan = load_function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+    size, rows = launch_shape(x.shape, B.shape, chunk_size)
+    pieces = [
+        scan(
+            x[first : first + rows].contiguous(),
+            dt[first : first + rows],
+            A.float(),
+            B[first : first + rows].contiguous(),
+            C[first : first + rows].contiguous(),
+            size,
+            D=None if D is None else D.float(),
+            initial_states=None if initial_state is None else initial_state[first : first + rows].float(),
+            return_final_states=True,
+        )
+        for first in range(0, x.shape[0], rows)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    outputs, states = zip(*pieces, strict=True)
+    return torch.cat(outputs), torch.cat(states)
+
+
+def launch_shape(x: Sequence[int], B: Sequence[int], chunk_size: int) -> tuple[int, int]:
+    """Tokens per chunk and sequences per launch for mamba-ssm's kernels.
+
+    Their chunks are powers of two of at least 16 tokens, ``chunks x groups`` and ``sequences x chunks`` are grid
+    dimensions, and they compute a sequence's place in each tensor with 32-bit integers, which wrap around silently.
+
+    Args:
+        x: the shape [B, L, H, P].
+        B: the shape [B, L, G, N].
+
+    Raises:
+        ValueError: a single sequence is too long.
+    """
+    _, length, heads, width = x
+    groups, states = B[2:]
+    size = max(16, 1 << (chunk_size - 1).bit_length())
+    while -(-length // size) * groups > MOST_BLOCKS:
+        size *= 2
+    chunks = -(-length // size)
+    largest = heads * max(length * max(width, states), chunks * width * states, chunks * size * size)
+    rows = min(MOST_BLOCKS // chunks, MOST_ELEMENTS // largest)
+    if rows < 1:
+        raise ValueError(f"{length} tokens are too many for one launch: scan them in parts, by way of initial_state")
+    return size, rows

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 RULES = ("even", "paper", "first", "middle", "last")
+SENSITIVITY = "sensitivity"
+"""The rule that needs a measurement: see ``matvlm.sensitivity`` and ``least_sensitive``."""
 
 
 def choose_layers(num_layers: int, ratio: float, rule: str | Sequence[int] = "even") -> list[int]:
@@ -18,7 +21,8 @@ def choose_layers(num_layers: int, ratio: float, rule: str | Sequence[int] = "ev
             block at that place. Or the layers themselves.
 
     Raises:
-        ValueError: an unknown rule, a layer out of range or named twice, or none or all would be replaced.
+        ValueError: an unknown rule, one that needs a measurement, a layer out of range or named twice, or none or all
+            would be replaced.
     """
     if isinstance(rule, str):
         return _by_rule(num_layers, ratio, rule)
@@ -32,17 +36,51 @@ def choose_layers(num_layers: int, ratio: float, rule: str | Sequence[int] = "ev
     return layers
 
 
+def least_sensitive(scores: Sequence[float], ratio: float) -> list[int]:
+    """The layers with the lowest of ``scores``, one a decoder layer, ascending; of equal ones the lower layer.
+
+    Raises:
+        ValueError: a score is not a number, or none or all layers would be replaced.
+    """
+    unknown = [layer for layer, score in enumerate(scores) if math.isnan(score)]
+    if unknown:
+        raise ValueError(f"the sensitivity of layers {unknown} is NaN: the model or its mixers are broken there")
+    count = _count(len(scores), ratio)
+    return sorted(sorted(range(len(scores)), key=lambda layer: (scores[layer], layer))[:count])
+
+
+def check_choice(num_layers: int, ratio: float, rule: str | Sequence[int]) -> None:
+    """Refuse what ``choose_layers`` or ``least_sensitive`` will refuse, before anything is measured.
+
+    Raises:
+        ValueError: as those do.
+    """
+    if rule == SENSITIVITY:
+        _count(num_layers, ratio)
+    else:
+        choose_layers(num_layers, ratio, rule)
+
+
 def _by_rule(num_layers: int, ratio: float, rule: str) -> list[int]:
+    if rule == SENSITIVITY:
+        raise ValueError(
+            "layers: sensitivity is measured on the model and its data: run init_hybrid, or give the layers as a list"
+        )
     if rule not in RULES:
-        raise ValueError(f"layers: rule {rule!r} is not one of {', '.join(RULES)}")
-    count = round(num_layers * ratio)
-    _check_count(count, num_layers, f"ratio {ratio:g}")
+        raise ValueError(f"layers: rule {rule!r} is not one of {', '.join((*RULES, SENSITIVITY))}")
+    count = _count(num_layers, ratio)
     if rule == "paper" and (num_layers, count) == (32, 4):
         return [0, 6, 12, 18]
     if rule in ("even", "paper"):
         return [index * num_layers // count for index in range(count)]
     start = {"first": 0, "middle": (num_layers - count) // 2, "last": num_layers - count}[rule]
     return list(range(start, start + count))
+
+
+def _count(num_layers: int, ratio: float) -> int:
+    count = round(num_layers * ratio)
+    _check_count(count, num_layers, f"ratio {ratio:g}")
+    return count
 
 
 def _check_count(count: int, num_layers: int, what: str) -> None:

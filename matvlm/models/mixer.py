@@ -47,6 +47,8 @@ class MixerOptions:
     """Rotate C and B by the layer's position embeddings, as attention rotates q and k."""
     scale_input_by_dt: bool = True
     """As in Mamba-2; without it the step size sets the decay only (x is divided by softplus(dt) before the scan)."""
+    qk_norm_eps: float | None = None
+    """RMS norm of each head of C and B before they are rotated, as in qwen3 and gemma3; None: no norm."""
     norm_eps: float = 1e-5
     chunk_size: int = 64
     """Most tokens per chunk of the scan; changes speed, not results."""
@@ -57,6 +59,9 @@ class MixerState(LinearAttentionLayer):
 
     Adds what the base class lacks next to an attention layer's slot.
     """
+
+    is_sliding = None
+    """Neither: transformers 5.17 sizes masks by the first layer with True and the first one with False."""
 
     def store(self, conv_state: Tensor, ssd_state: Tensor) -> None:
         """Copy the new states in; the slot's tensors keep their addresses, as CUDA graphs need."""
@@ -89,7 +94,8 @@ class Mamba2Mixer(nn.Module):
 
     Parameters: ``in_proj`` with the outputs [z HP, x KV P, B KV N, C HN, dt H], ``conv_weight`` [D, K] and
     ``conv_bias`` [D] over the D channels of (x, B, C), ``dt_bias``, ``A_log`` and ``D`` [H], ``norm_weight`` [HP] (each
-    head is normalised on its own), ``out_proj``. All are trainable.
+    head is normalised on its own), ``B_norm_weight`` and ``C_norm_weight`` [N] (None without ``qk_norm_eps``),
+    ``out_proj``. All are trainable.
     """
 
     def __init__(
@@ -108,6 +114,9 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(options.num_heads))
         self.D = nn.Parameter(torch.empty(options.num_heads))
         self.norm_weight = nn.Parameter(torch.empty(inner))
+        has_norms = options.qk_norm_eps is not None
+        self.B_norm_weight = nn.Parameter(torch.empty(options.head_dim)) if has_norms else None
+        self.C_norm_weight = nn.Parameter(torch.empty(options.head_dim)) if has_norms else None
         self.out_proj = nn.Linear(inner, options.hidden_size, bias=options.out_bias)
         self.reset_parameters(generator)
 
@@ -125,7 +134,9 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias.copy_(inverse_softplus(self.dt_bias.exp()))
         self.A_log.uniform_(1.0, 16.0, generator=generator).log_()
         self.D.fill_(1.0)
-        self.norm_weight.fill_(1.0)
+        for weight in (self.norm_weight, self.B_norm_weight, self.C_norm_weight):
+            if weight is not None:
+                weight.fill_(1.0)
 
     def forward(
         self,
@@ -184,6 +195,8 @@ class Mamba2Mixer(nn.Module):
         """x [B, L, KV P], (B, C) [B, L, KV N + HN], dt [B, L, H] -> y [B, L, H, P] and the new state [B, H, P, N]."""
         options = self.options
         x, BC = x.unflatten(-1, (-1, options.head_dim)), BC.unflatten(-1, (-1, options.head_dim))
+        if options.qk_norm_eps is not None:
+            BC = self._head_norms(BC, options.qk_norm_eps)
         if options.rotary:
             if position_embeddings is None:
                 raise ValueError(f"layer {self.layer_idx}: a mixer with rotary needs position_embeddings=(cos, sin)")
@@ -198,6 +211,15 @@ class Mamba2Mixer(nn.Module):
         return ssd_scan(
             x, dt, A, B, C, self.D, state, options.chunk_size, options.scale_input_by_dt, backend=self.kernels
         )
+
+    def _head_norms(self, BC: Tensor, eps: float) -> Tensor:
+        """RMS norm of each head of (B, C), [B, L, KV + H, N]."""
+        assert self.B_norm_weight is not None
+        assert self.C_norm_weight is not None
+        weights = [self.B_norm_weight.expand(self.options.num_kv_heads, -1)]
+        weights.append(self.C_norm_weight.expand(self.options.num_heads, -1))
+        normed = F.rms_norm(BC.float(), BC.shape[-1:], eps=eps) * torch.cat(weights).float()
+        return normed.to(BC.dtype)
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """RMS norm of each head of ``y * silu(z)``: [B, L, H, P], [B, L, H P] -> [B, L, H P] in z's dtype."""
@@ -219,8 +241,13 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         heads: [B, L, H, P].
-        cos, sin: [B or 1, L, R].
+        cos, sin: [B or 1, L, R]; of positions with several axes (mrope) what the model's rotary module made of them.
+
+    Raises:
+        ValueError: cos has another number of axes, as where an attention merges those of mrope itself.
     """
+    if cos.dim() != 3:
+        raise ValueError(f"position_embeddings of shape {list(cos.shape)}, expected [batch, tokens, width]")
     half = cos.shape[-1] // 2
     (cos1, cos2), (sin1, sin2) = cos[:, :, None].chunk(2, dim=-1), sin[:, :, None].chunk(2, dim=-1)
     first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], dim=-1)
@@ -241,27 +268,31 @@ def claim_slot(cache: Cache, layer_idx: int) -> MixerState:
 def _real_tokens(mask: Any, length: int, cache: Cache | None, layer_idx: int) -> Tensor | None:
     """Which of the current tokens are not padding, bool [B, L], or None if none is.
 
-    A causal mask lets a token see itself unless it is padding, whatever else (a sliding window) it hides. A static
-    cache has more columns than tokens so far; its single decoded tokens are never padding.
+    A mask, causal or not, with a sliding window or without, lets a token see itself unless it is padding. The current
+    tokens' own columns are the last L, except in a static cache that is not full yet: there free columns follow.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(f"attention masks of type {type(mask).__name__}: use eager, sdpa or flash attention")
-    first = mask.shape[-1] - length
-    if cache is not None and first > 0 and cache.is_compileable:
-        if length == 1:
-            return None
-        first = _tokens_before(cache, layer_idx, length)
+    first: int | Tensor = mask.shape[-1] - length
+    if cache is not None and mask.shape[-1] > length and cache.is_compileable:
+        before = _tokens_before(cache, layer_idx, length)
+        first = before.clamp(max=first) if isinstance(before, Tensor) else min(before, mask.shape[-1] - length)
+    rows = torch.arange(length, device=mask.device)
     if mask.dim() == 2:
-        return mask[:, first : first + length].bool()
-    own = mask[:, 0].diagonal(first, dim1=-2, dim2=-1)
+        return mask[:, first + rows].bool()
+    own = mask[:, 0, rows, first + rows]
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
-def _tokens_before(cache: Cache, layer_idx: int, length: int) -> int:
-    """Tokens in ``cache`` before the current ones; attention layers below have counted those already."""
+def _tokens_before(cache: Cache, layer_idx: int, length: int) -> int | Tensor:
+    """Tokens in ``cache`` before the current ones; attention layers below have counted those already.
+
+    A scalar tensor where the cache counts in one, so that no device has to be waited for and graphs stay whole.
+    """
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin):
-            return int(layer.get_seq_length()) - (length if index < layer_idx else 0)
+            counted: int | Tensor = layer.get_seq_length()
+            return counted - length if index < layer_idx else counted
     raise ValueError("the cache has no attention layer, so its length is unknown: keep at least one attention layer")
