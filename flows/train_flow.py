@@ -98,7 +98,8 @@ class TrainFlow(FlowSpec):
                 layers = report.chosen
                 print(report.table())
             students = [
-                init_student(recipe, teacher, init, self.path("init", init), layers) for init in recipe.hybrid.variants
+                init_student(recipe, teacher, init, data, self.path("init", init), layers, support.device())
+                for init in recipe.hybrid.variants
             ]
             reporter.metrics({"replaced_layers": len(students[0].layers), "parameters": students[0].parameters})
         self.students = [student.model_dump(mode="json") for student in students]

@@ -22,6 +22,8 @@ from matvlm.config import Optimizer
 from matvlm.losses import layer_l2
 from matvlm.models.hybrid import decoder_layers
 from matvlm.models.mixer import Mamba2Mixer
+from matvlm.models.watch import Seen, real_tokens, watch
+from matvlm.optimizer import adamw
 
 Candidates = Mapping[str, Mapping[int, Mamba2Mixer]]
 """Candidate's name -> layer number -> mixer."""
@@ -34,14 +36,6 @@ class Curve(NamedTuple):
     """``mean over real tokens and H of (mixer - attention)^2``."""
     relative: list[float]
     """The same, divided by the variance of the attention's output over real tokens: 1 is as good as its mean."""
-
-
-class Seen(NamedTuple):
-    """What one attention was given and gave: its keyword arguments beside ``hidden_states``, and [B, L, H] twice."""
-
-    hidden: Tensor
-    kwargs: dict[str, Any]
-    output: Tensor
 
 
 def align(
@@ -77,7 +71,7 @@ def align(
     errors: dict[tuple[str, int], list[Tensor]] = {place: [] for place in steps}
     for update, batch in enumerate(batches, start=1):
         inputs = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
-        real = _real(inputs)
+        real = real_tokens(inputs)
         with _casting(model, autocast):
             seen = watch(model, wanted, inputs)
         spread = {layer: _variance(shown.output[real]) for layer, shown in seen.items()}
@@ -91,74 +85,13 @@ def align(
     return {name: {layer: _curve(errors[name, layer]) for layer in mixers} for name, mixers in candidates.items()}
 
 
-@torch.no_grad()
-def calibrate(model: PreTrainedModel, mixers: Mapping[int, Mamba2Mixer], inputs: Mapping[str, Tensor]) -> None:
-    """Scale each of ``mixers`` in place to come closest, on one batch, to the attention that it is to replace.
-
-    A mixer's heads leave its norm with an RMS of 1, whatever the size of attention's. ``norm_weight`` is multiplied by
-    the least-squares factor ``<attention, mixer> / <mixer, mixer>`` of the two outputs over real tokens, without bias.
-
-    Args:
-        model: the teacher, whole, in evaluation mode; it is not changed.
-        mixers: on the model's device.
-        inputs: as one of the batches of ``align``.
-
-    Raises:
-        ValueError: a layer does not exist or is no attention any more.
-    """
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    real = _real(inputs)
-    for layer, shown in watch(model, _attentions(model, set(mixers)), inputs).items():
-        mixer = mixers[layer]
-        output, _ = mixer(hidden_states=shown.hidden.to(mixer.out_proj.weight.dtype), **shown.kwargs)
-        bias = 0.0 if mixer.out_proj.bias is None else mixer.out_proj.bias.float()
-        ours, theirs = output[real].float() - bias, shown.output[real].float() - bias
-        mixer.norm_weight.mul_((ours * theirs).sum() / ours.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
-
-
-@torch.no_grad()
-def watch(model: PreTrainedModel, attentions: Mapping[int, nn.Module], inputs: Mapping[str, Tensor]) -> dict[int, Seen]:
-    """Run ``model`` on ``inputs``, as far as the last of ``attentions``, and tell what each was given and gave."""
-    seen: dict[int, Seen] = {}
-    last = max(attentions)
-
-    def remember(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            seen[layer] = Seen(kwargs["hidden_states"], rest, output[0])
-            if layer == last:
-                raise _Enough
-
-        return hook
-
-    hooks = [module.register_forward_hook(remember(layer), with_kwargs=True) for layer, module in attentions.items()]
-    try:
-        model.base_model(**inputs, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-class _Enough(Exception):
-    """The teacher has run as far as it is needed."""
-
-
 class _Stepper:
     """One mixer's optimiser: a call takes the step that lowers its loss."""
 
     def __init__(self, mixer: Mamba2Mixer, settings: Optimizer):
-        self.parameters = [parameter.requires_grad_() for parameter in mixer.parameters()]
+        self.parameters = list(mixer.requires_grad_().parameters())
         self.most = settings.clip_grad_norm
-        matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in self.parameters if parameter.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        self.optimizer = adamw(self.parameters, settings, fused=True)
 
     def __call__(self, loss: Tensor) -> None:
         loss.backward()
@@ -188,12 +121,6 @@ def _variance(outputs: Tensor) -> Tensor:
     """Of [tokens, H] over the tokens, mean over H, float32; 1 for an attention that always answers the same."""
     variance = outputs.float().var(dim=0, correction=0).mean()
     return torch.where(variance > 0, variance, 1.0)
-
-
-def _real(inputs: Mapping[str, Tensor]) -> Tensor:
-    """bool [B, L]."""
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _curve(points: list[Tensor]) -> Curve:

@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     change = "change a recipe's fields first, for instance distill.epochs=2"
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=change)
 
+    summary = "write one of the paper's released checkpoints as a model folder of transformers"
+    command = add("convert", _convert, summary, CHECKPOINTS)
+    what = "a CHECKPOINT in the layout of TinyLLaVA-Phi-2-SigLIP-3.1B or MaTVLM_0_25_Mamba2"
+    command.add_argument("source", metavar="SRC", help=what)
+    command.add_argument("destination", metavar="DST", help="the folder to write: a new or an empty one")
+
     command = add("sync", _sync, "send to MLflow what it has missed of a run")
     command.add_argument("folder", metavar="FOLDER", help="the run's folder, the one that holds tracking/")
 
@@ -96,6 +102,19 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     recipe = load_recipe(options.subject, [override for text in options.set for override in split_overrides(text)])
     print(describe(recipe), end="")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    folder = Path(options.destination)
+    if "://" in options.destination or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ValueError(f"{options.destination}: not a new or empty local folder; nothing was written")
+    from matvlm.models import locate, tinyllava
+
+    source = resolve_checkpoint(options.source)
+    made = tinyllava.convert(locate.locate(source), folder, source)
+    layers = f"Mamba-2 in the layers {', '.join(map(str, made.layers))}" if made.layers else "all layers attention"
+    print(f"{options.source}: {made.label}, {layers}, {made.parameters:,} parameters")
+    print(f"written to {folder}")
 
 
 def _sync(options: argparse.Namespace) -> None:

@@ -110,6 +110,8 @@ class Hybrid(Section):
     sensitivity: Sensitivity = Sensitivity()
     """Used by ``layers: sensitivity`` only."""
     init: InitName = "aligned"
+    calibration_samples: Annotated[int, Field(ge=0)] = 32
+    """Training samples on which ``aligned`` gives its heads the size of the attention's; 0 leaves that out."""
     compare_inits: list[InitName] = []
     """Further initialisations distilled with the same budget and evaluated beside ``init``."""
     kernels: Literal["auto", "torch", "mamba_ssm"] = "auto"

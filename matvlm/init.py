@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from matvlm.models import families
 from matvlm.models.auto import SECTION
 from matvlm.models.families import Attention, read_attention
-from matvlm.models.hybrid import replace_
+from matvlm.models.hybrid import decoder_layers, replace_
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions, inverse_softplus
+from matvlm.models.watch import Seen, real_tokens, watch
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ def aligned(attention: nn.Module, layer_idx: int, generator: torch.Generator, ch
     has in its place, and the sum's size do not matter: the norm of each head after the scan removes them. All of it
     stays trainable. Nothing is drawn at random.
 
+    The norm also leaves every head at a size of 1, which attention's need not have: ``calibrate`` mends that.
+
     Raises:
         ValueError: the attention rotates q and k in another way than in halves.
     """
@@ -93,6 +97,9 @@ def aligned(attention: nn.Module, layer_idx: int, generator: torch.Generator, ch
 
 INITS: dict[str, Callable[..., Mamba2Mixer]] = {"aligned": aligned, "paper": paper, "random": random}
 
+CALIBRATED = ("aligned",)
+"""Initialisations that ``calibrate`` belongs to; the others are what their names say, and nothing more."""
+
 
 def convert_(
     model: PreTrainedModel,
@@ -101,6 +108,7 @@ def convert_(
     seed: int = 0,
     chunk_size: int = 64,
     kernels: str = "auto",
+    calibrate_on: Iterable[Mapping[str, Tensor]] = (),
 ) -> dict[int, nn.Module]:
     """Turn ``model`` into a hybrid, in place: a mixer in the place of the attention of each of ``layers``.
 
@@ -113,6 +121,7 @@ def convert_(
         init: a key of ``INITS``.
         chunk_size: most tokens per chunk of the scan.
         kernels: see ``matvlm.kernels.resolve_backend``.
+        calibrate_on: batches of the model's inputs for ``calibrate``; none leaves it out.
 
     Returns:
         The original attentions by layer number, untouched: the teacher's part in a layer loss.
@@ -133,12 +142,63 @@ def convert_(
         mixer.kernels = kernels
         return mixer.train(model.training)
 
-    originals = replace_(model, layers, make, init)
+    batches = list(calibrate_on)
+    originals = replace_(model, layers, make, init, lambda mixers: batches and calibrate(model, mixers, batches))
+    getattr(model.config, SECTION)["calibrated"] = bool(batches)
     found = families.caveats(model, originals, init)
     getattr(model.config, SECTION)["caveats"] = found
     for caveat in found:
         log.warning("%s: %s", type(model).__name__, caveat)
     return originals
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel, mixers: Mapping[int, Mamba2Mixer], batches: Iterable[Mapping[str, Tensor]]
+) -> None:
+    """Give the heads of ``mixers`` the size of those of the attentions that they are to replace, in place.
+
+    A mixer's heads leave its norm with a root mean square of 1. Attention's are averages over the values of many
+    tokens, often much smaller, and differ from head to head; a layer that answers ten times too loud drowns the rest.
+    So each head's part of ``norm_weight`` is multiplied by ``rms(attention's head) / rms(mixer's head)``, both taken
+    over the real tokens of ``batches``, before the output projection.
+
+    Args:
+        model: the teacher, whole, in evaluation mode; it is not changed.
+        mixers: by layer number, on the model's device.
+        batches: inputs of the model, moved to its device; ``attention_mask`` [B, L] is optional.
+
+    Raises:
+        ValueError: a layer is no attention any more, or has an attention of an unknown form.
+    """
+    decoder = decoder_layers(model)
+    attentions: dict[int, Any] = {layer: decoder[layer].self_attn for layer in mixers}
+    outputs = {layer: families.output_projection(attention) for layer, attention in attentions.items()}
+    sums = {layer: torch.zeros(2, mixer.options.num_heads, device=model.device) for layer, mixer in mixers.items()}
+    for batch in batches:
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        real = real_tokens(inputs)
+        for layer, shown in watch(model, attentions, inputs).items():
+            mixer = mixers[layer]
+            for row, (module, output) in enumerate(
+                ((attentions[layer], outputs[layer]), (mixer, mixer.out_proj)),
+            ):
+                heads = _given_to(output, module, shown)[real].unflatten(-1, (mixer.options.num_heads, -1))
+                sums[layer][row] += heads.float().square().sum((0, 2))
+    for layer, mixer in mixers.items():
+        theirs, ours = sums[layer].clamp_min(torch.finfo(torch.float32).tiny)
+        mixer.norm_weight.mul_((theirs / ours).sqrt().repeat_interleave(mixer.options.head_dim))
+
+
+def _given_to(projection: nn.Module, module: nn.Module, shown: Seen) -> Tensor:
+    """What ``projection``, the last part of ``module``, is given when ``module`` is given what was ``shown``."""
+    given: list[Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    try:
+        module(hidden_states=shown.hidden, **shown.kwargs)
+    finally:
+        hook.remove()
+    return given[0]
 
 
 def _new_mixer(options: MixerOptions, layer_idx: int, generator: torch.Generator, like: nn.Module) -> Mamba2Mixer:

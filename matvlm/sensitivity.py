@@ -21,8 +21,8 @@ from matvlm.alignment import Curve, align
 from matvlm.artifacts import Artifact, Checkpoint, DataManifest
 from matvlm.config import Recipe
 from matvlm.data.encoding import Batch, Encoder
-from matvlm.data.prepare import open_dataset, turns_of
-from matvlm.init import INITS
+from matvlm.data.prepare import encode_rows, open_dataset
+from matvlm.init import CALIBRATED, INITS, calibrate
 from matvlm.losses import dense_kl
 from matvlm.models import locate
 from matvlm.models.hybrid import decoder_layers
@@ -121,6 +121,9 @@ def measure(
     aligned_on, held_out = _draw(len(rows), settings.updates * settings.batch_size, settings.held_out_samples, recipe)
     autocast = None if recipe.distill.autocast == "off" else torch.bfloat16
     mixers = _mixers(model, recipe)
+    if recipe.hybrid.init in CALIBRATED and (count := recipe.hybrid.calibration_samples):
+        chunks = _chunks(aligned_on[:count], settings.batch_size)
+        calibrate(model, mixers, (_batch(rows, chunk, encoder).inputs for chunk in chunks))
     with Progress(settings.updates, "alignment", "update", reporter) as progress:
         curves = align(
             model,
@@ -226,5 +229,4 @@ def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def _batch(rows: Any, chosen: Sequence[int], encoder: Encoder) -> Batch:
-    samples = (rows[row] for row in chosen)
-    return encoder.collate([encoder.encode(row["id"], row["image"], turns_of(row)) for row in samples])
+    return encode_rows(encoder, (rows[row] for row in chosen))

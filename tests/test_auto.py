@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import released_layouts as layouts
 import tiny_models
 import torch
 import yaml
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import matvlm
 from matvlm.init import convert_
-from matvlm.models import hybrid
+from matvlm.models import hybrid, tinyllava
 
 LAYERS = [0, 2]
 AUTO = {"phi": AutoModelForCausalLM, "llama": AutoModelForCausalLM, "llava": AutoModelForImageTextToText}
@@ -132,6 +133,32 @@ def test_importing_matvlm_is_enough_before_or_after_transformers(tmp_path):
     done = run_python("import sys\n" + load, tmp_path / "model")  # without it: an error, not a model with random layers
     assert done.returncode != 0
     assert "model type `matvlm`" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["import matvlm", "from transformers import AutoConfig"])
+def test_converted_tinyllava_opens_after_importing_matvlm_alone(tmp_path, first):
+    for name, mamba in {"teacher": None, "student": layouts.mamba_json()}.items():
+        weights = layouts.tensors(student=mamba is not None)
+        tinyllava.convert(layouts.write_release(tmp_path / f"released-{name}", weights, mamba), tmp_path / name)
+    program = f"import sys\n{first}\n" + (
+        "import matvlm\n"
+        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\n"
+        "assert 'matvlm.models.tinyllava' not in sys.modules, 'imported before it is needed'\n"
+        "for name in ('student', 'teacher'):\n"
+        "    folder = f'{sys.argv[1]}/{name}'\n"
+        "    model = AutoModelForImageTextToText.from_pretrained(folder)\n"
+        "    print(AutoConfig.from_pretrained(folder).model_type, type(model).__name__)\n"
+        "    print(*(type(layer.self_attn).__name__ for layer in model.get_decoder().layers))\n"
+        "    print(type(model) is type(matvlm.load(folder)[0]))\n"
+        "    print(name, type(AutoProcessor.from_pretrained(folder)).__name__)\n"
+    )
+    done = run_python(program, tmp_path)
+    model = "matvlm_tinyllava TinyLlavaForConditionalGeneration"
+    layers = ["Mamba2Mixer" if layer in layouts.MAMBA_LAYERS else "PhiAttention" for layer in range(4)]
+    assert done.stdout.splitlines() == [
+        *(model, " ".join(layers), "True", "student LlavaProcessor"),
+        *(model, " ".join(["PhiAttention"] * 4), "True", "teacher LlavaProcessor"),
+    ], done.stderr
 
 
 def test_model_card_says_what_the_model_is(saved):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import released_layouts as layouts
 import torch
 
 import matvlm
@@ -17,7 +18,7 @@ from matvlm.config import Evaluate, Teacher
 from matvlm.evaluate import evaluate
 from matvlm.init import convert_
 from matvlm.models import hybrid, locate, small
-from matvlm.models.hybrid import ModelFolderError
+from matvlm.models.folder import ModelFolderError
 from matvlm.reporting import Reporter
 from matvlm.storage import StorageError
 from matvlm.tracking import Tracker
@@ -57,7 +58,7 @@ def cells(line: str) -> list[str]:
 def test_help_names_every_command_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "sync", "evaluate", "profile"):
+    for name in ("inspect", "convert", "sync", "evaluate", "profile"):
         assert f"\n    {name} " in done.stdout
 
 
@@ -132,12 +133,40 @@ def test_a_registered_checkpoint_is_found_by_alias_and_sent_by_sync(
     assert capsys.readouterr().out == "0 events sent\n"
 
 
+@torch.no_grad()
+def test_convert_writes_a_folder_that_inspect_and_load_open(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = layouts.tensors(student=True)
+    layouts.write_release(elsewhere / "released", weights, layouts.mamba_json(), shards=2, dtype=torch.bfloat16)
+    (elsewhere / "made").mkdir()
+    assert main(["convert", "released", "made"]) == 0
+    model, processor = matvlm.load("released")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    first = f"released: student, Mamba-2 in the layers 0, 2, {parameters:,} parameters\n"
+    assert capsys.readouterr().out == f"{first}written to made\n"
+    assert main(["inspect", "made"]) == 0
+    assert "2 of 4 decoder layers are Mamba-2 (50.0%): 0, 2\n  start: paper\n" in capsys.readouterr().out
+    again, chat = matvlm.load("made")
+    text = chat.apply_chat_template([{"role": "user", "content": "Is it red?"}], add_generation_prompt=True)
+    inputs, others = (each(text=text, return_tensors="pt") for each in (chat, processor))
+    assert torch.equal(inputs.input_ids, others.input_ids)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    source = json.loads((elsewhere / "made" / "config.json").read_text())["matvlm"]["provenance"]["source"]
+    assert source == "released"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", RECIPE, "--set", "distill.lr=1"], "debug.yaml: distill.lr: unknown key"),
         (["inspect", RECIPE, "--set", "hybrid.layers=[0, 1"], "the value is not valid YAML"),
         (["inspect", RECIPE, "--set", "hybrid.layers=[0, 99]"], "99"),
+        (["convert", "{models}/student", "made"], "config.json: model_type is 'matvlm', expected 'tinyllava'"),
+        (["convert", "{models}", "made"], "config.json: cannot read: No such file"),
+        (["convert", "{models}/student", "{models}"], "not a new or empty local folder; nothing was written"),
+        (["convert", "{models}/student", "{models}/student/config.json"], "not a new or empty local folder"),
+        (["convert", "{models}/student", "s3://bucket/key"], "s3://bucket/key: not a new or empty local folder"),
         (["sync", "nowhere"], "nowhere/tracking: no journals"),
         (["evaluate", "./nowhere"], "./nowhere: no such file or folder"),
         (["evaluate", "package://nothing"], "matvlm ships no model 'nothing'; it ships: "),

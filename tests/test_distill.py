@@ -292,7 +292,7 @@ def broken_student(stage: Stage, folder: Path) -> Checkpoint:
 def test_snapshots_of_another_run_are_refused(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stage.run(tmp_path, Kept(at=3, then=stop))
-    other = init_student(stage.recipe, stage.teacher, "random", tmp_path / "other")
+    other = init_student(stage.recipe, stage.teacher, "random", stage.data, tmp_path / "other")
     cases: list[tuple[str, Recipe | None, dict[str, Any]]] = [
         (r"distill\.optimizer\.lr is 0\.01 in the snapshot and 0\.02", stage.but(optimizer={"lr": 0.02}), {}),
         (r"distill\.loss\.ce is 0\.25 in the snapshot and 0\.0", stage.but(loss={"ce": 0.0}), {}),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from matvlm.config import Distill
-from matvlm.distill.engine import TorchEngine, adamw, make_engine
+from matvlm.distill.engine import TorchEngine, make_engine
+from matvlm.optimizer import adamw
 
 RATES = [1e-2, 2e-2, 5e-3, 5e-3, 1e-2]
 MICRO_BATCHES = 2
@@ -112,7 +113,7 @@ def test_torch_engine_is_adamw_on_clipped_gradients() -> None:
 
 def test_vectors_have_no_weight_decay() -> None:
     model = Model()
-    optimizer = adamw(model.trained(), settings().optimizer)
+    optimizer = adamw(model.trained().values(), settings().optimizer)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert [decays[id(p)] for p in (model.unused, model.inner, model.outer, model.bias)] == [0.1, 0.1, 0.1, 0.0]
     assert len(decays) == 4

@@ -72,6 +72,13 @@ def test_conversion_swaps_only_the_chosen_layers_and_returns_the_originals():
         assert torch.equal(kept, value)
 
 
+def test_a_hybrid_class_is_made_once():
+    made = hybrid.hybrid_class(PhiForCausalLM)
+    assert issubclass(made, PhiForCausalLM)
+    assert hybrid.hybrid_class(PhiForCausalLM) is made
+    assert hybrid.hybrid_class(made) is made
+
+
 def test_converting_twice_or_all_layers_is_refused():
     model = tiny_models.phi()
     with pytest.raises(ValueError, match=r"cannot replace layers \[0, 1, 2, 3\] of 4"):

@@ -265,3 +265,46 @@ def test_unknown_attention_and_unknown_init():
         read_attention(attention)
     with pytest.raises(ValueError, match="init 'magic' is not one of aligned, paper, random"):
         convert_(tiny_models.phi(), [0], "magic")
+
+
+@pytest.mark.parametrize("family", ["phi", "llama"])
+@torch.no_grad()
+def test_calibrated_heads_have_the_size_of_the_attentions(family):
+    """Measured by hand: what the output projection is given, head by head, over the real tokens of both batches."""
+    model = FAMILIES[family]()
+    batches = [{"input_ids": tiny_models.token_ids(3, 15, seed)} for seed in (0, 1)]
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, :6] = 0
+
+    def sizes(model: nn.Module) -> Tensor:
+        given = []
+        part = model.model.layers[0].self_attn
+        projection = getattr(part, "out_proj", None) or getattr(part, "dense", None) or part.o_proj
+        hook = projection.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+        for batch in batches:
+            model(**batch, use_cache=False)
+        hook.remove()
+        real = [heads[batch["attention_mask"].bool()] for heads, batch in zip(given, batches, strict=True)]
+        return torch.cat(real).unflatten(-1, (4, 8)).square().mean((0, 2)).sqrt()
+
+    expected, plain = sizes(model), FAMILIES[family]()
+    convert_(model, [0, 2], "aligned", calibrate_on=batches)
+    convert_(plain, [0, 2], "aligned")
+    torch.testing.assert_close(sizes(model), expected, rtol=1e-4, atol=0)
+    assert ((sizes(plain) / expected - 1).abs() > 0.05).any()
+    assert (model.config.matvlm["calibrated"], plain.config.matvlm["calibrated"]) == (True, False)
+    weights = (mixers(converted)[2].norm_weight for converted in (model, plain))
+    assert not torch.equal(*weights)  # every layer is calibrated on the teacher's own states
+
+
+def test_a_head_that_says_nothing_does_no_harm():
+    model = tiny_models.phi()
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight[:8], attention.v_proj.bias[:8] = 0.0, 0.0
+    convert_(model, [1], "aligned", calibrate_on=[{"input_ids": tiny_models.token_ids(2, 9)}])
+    weight = mixers(model)[1].norm_weight
+    assert weight[:8].tolist() == [1.0] * 8  # 0 / 0: as it was, and the head is silent for want of values
+    assert (weight[8:] != 1.0).all()
+    assert weight.isfinite().all()

@@ -3,10 +3,12 @@
 import http.server
 import re
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import easy_vqa
 import pytest
+import released_layouts as layouts
 import torch
 from huggingface_hub import constants
 from transformers import DynamicCache, PhiConfig, PhiForCausalLM
@@ -18,7 +20,7 @@ from matvlm.costs import cache_bytes, decode_cost, kv_bytes
 from matvlm.init import convert_
 from matvlm.inspection import describe, describe_model, skeleton
 from matvlm.inspection.recipe import count_samples, saved_bytes_per_token
-from matvlm.models import hybrid
+from matvlm.models import hybrid, locate
 from matvlm.models.small import SmallVLM, build_model, build_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
@@ -204,16 +206,19 @@ def test_a_teacher_folder_that_cannot_be_used(tmp_path, content, complaint):
         skeleton.build(Teacher(model=str(tmp_path)))
 
 
-def test_a_hub_model_is_read_from_its_config_alone(folder, monkeypatch):
+@contextmanager
+def hub(folder, monkeypatch):
+    """A hub that has the JSON files in ``folder`` as ``somebody/vlm``; gives the list of what it was asked for."""
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            found = self.path == "/somebody/vlm/resolve/v2/config.json"
+            owner, _, file = self.path.rpartition("/")
+            found = owner.startswith("/somebody/vlm/resolve/") and (folder / file).is_file()
             self.send_response(200 if found else 404)
             self.end_headers()
-            self.wfile.write((folder / "config.json").read_bytes() if found else b"")
+            self.wfile.write((folder / file).read_bytes() if found else b"")
 
         def log_message(self, *_):
             pass
@@ -224,10 +229,15 @@ def test_a_hub_model_is_read_from_its_config_alone(folder, monkeypatch):
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield asked
+        server.shutdown()
+
+
+def test_a_hub_model_is_read_from_its_config_alone(folder, monkeypatch):
+    with hub(folder, monkeypatch) as asked:
         ghost = skeleton.build(Teacher(model="somebody/vlm", revision="v2"))
         with pytest.raises(skeleton.Unreachable, match="404"):
             skeleton.build(Teacher(model="somebody/else"))
-        server.shutdown()
     assert asked[0] == "/somebody/vlm/resolve/v2/config.json"
     assert ghost.config.text_config.hidden_size == SIZES.hidden
 
@@ -275,6 +285,69 @@ def test_a_plain_model_is_described_alone(folder, teacher):
     assert "4 decoder layers, all attention" in text
     assert row(text, "model")[0] == count(teacher.parameters())
     assert not re.search(r"^  (ratio|hybrid|teacher) ", text, re.MULTILINE)
+
+
+@pytest.fixture
+def released(tmp_path):
+    """One of the paper's students as it was released, in float16."""
+    weights = layouts.tensors(student=True)
+    return layouts.write_release(tmp_path / "released", weights, layouts.mamba_json(), dtype=torch.float16)
+
+
+def test_a_released_student_is_described_with_its_teacher(released):
+    model, _ = locate.load(str(released), "meta")
+    (released / "model.safetensors").unlink()  # the JSON files are enough
+    text = describe_model(str(released), contexts=[64])
+    assert "TinyLlavaForConditionalGeneration (matvlm_tinyllava), float16" in text
+    assert "2 of 4 decoder layers are Mamba-2 (50.0%): 0, 2\n  start: paper\n" in text
+    assert row(text, "hybrid")[0] == count(model.parameters())
+    (released / "mamba_config.json").unlink()
+    alone = describe_model(str(released), contexts=[64])
+    assert "4 decoder layers, all attention" in alone
+    assert row(text, "teacher")[0] == row(alone, "model")[0] != row(text, "hybrid")[0]
+
+
+def test_a_recipe_with_a_released_teacher_is_described(released):
+    (released / "mamba_config.json").unlink()
+    text = describe(load_recipe(RECIPES / "matvlm-phi2-025.yaml", [f"teacher.model={released}"]))
+    assert "1 of 4 decoder layers become Mamba-2 (25.0%): 0" in text
+    assert row(text, "teacher")[0] == count(skeleton.build_uri(str(released)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "config.json",
+            '{"model_type": "tinyllava"}',
+            "config.json: text_config.model_type is None, expected one of phi",
+        ),
+        ("mamba_config.json", "{", "cannot read its mamba_config.json: .*not valid JSON"),
+        ("mamba_config.json", "{}", "mamba_config.json: n_layer is None, expected 4"),
+    ],
+)
+def test_a_damaged_release_is_one_line(released, file, content, message):
+    (released / file).write_text(content)
+    with pytest.raises(skeleton.Unreachable, match=message):
+        skeleton.build_uri(str(released))
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "from-the-hub"])
+@pytest.mark.parametrize("student", [True, False], ids=["student", "teacher"])
+def test_a_released_hub_model_needs_no_weights(released, tmp_path, monkeypatch, cached, student):
+    if not student:
+        (released / "mamba_config.json").unlink()
+    if cached:
+        repository = tmp_path / "models--somebody--vlm"
+        for folder in ("refs", "snapshots"):
+            (repository / folder).mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        released.rename(repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with hub(released, monkeypatch) as asked:
+        ghost = skeleton.build_uri("somebody/vlm")
+    assert list(hybrid.mixers(ghost)) == ([0, 2] if student else [])
+    assert asked == ([] if cached else [f"/somebody/vlm/resolve/main/{name}config.json" for name in ("", "mamba_")])
 
 
 def test_the_command_tells_a_recipe_from_a_model(folder, capsys):

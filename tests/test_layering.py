@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "artifacts", "reporting"},
     {"storage", "progress", "kernels", "plots"},
     {"models", "data", "snapshots"},
-    {"losses"},
+    {"losses", "optimizer"},
     {"init", "teacher", "costs", "alignment"},
     {"targets", "sensitivity"},
     {"distill", "generation", "evaluate", "profiling", "pretrain"},

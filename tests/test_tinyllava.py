@@ -12,8 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from matvlm.models import hybrid, tinyllava
-from matvlm.models.hybrid import ModelFolderError
+import matvlm
+from matvlm.artifacts import Checkpoint
+from matvlm.models import hybrid, locate, tinyllava
+from matvlm.models.folder import ModelFolderError, is_released
 from matvlm.models.mixer import Mamba2Mixer
 from matvlm.models.tinyllava.processor import build_processor
 from matvlm.models.tinyllava.release import read_config, read_mixers
@@ -146,6 +148,7 @@ def test_converted_folders_load_bitwise_the_same(tmp_path, kind):
     assert made.parameters == sum(tensor.numel() for tensor in expected.values())
     assert '"source": "org/name"' in (tmp_path / "converted" / "config.json").read_text()
     auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+    assert type(auto) is type(model) is type(loaded)
     assert all(torch.equal(auto.state_dict()[name], tensor.to(auto.dtype)) for name, tensor in state.items())
     with pytest.raises(ModelFolderError, match="model_type is 'matvlm"):
         tinyllava.load(tmp_path / "converted")
@@ -227,12 +230,38 @@ def test_sizes_of_the_real_model(tmp_path):
 
 def test_is_released(tmp_path):
     folder, _ = release(tmp_path / "released")
-    assert tinyllava.is_released(folder)
+    assert is_released(folder)
     tinyllava.convert(folder, tmp_path / "converted")
-    assert not tinyllava.is_released(tmp_path / "converted")
-    assert not tinyllava.is_released(tmp_path / "nothing")
+    assert not is_released(tmp_path / "converted")
+    assert not is_released(tmp_path / "nothing")
     (folder / "config.json").write_text("{")
-    assert not tinyllava.is_released(folder)
+    assert not is_released(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_matvlm_opens_and_describes_a_release(tmp_path, kind):
+    folder, _ = release(tmp_path, kind, dtype=torch.float16)
+    model, processor = matvlm.load(str(folder))
+    expected, _ = tinyllava.load(folder, torch.float32)
+    inputs = processor(text=PROMPT, images=photo(), return_tensors="pt")
+    assert type(model) is type(expected)
+    assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+    layers = [] if kind == "teacher" else list(layouts.MAMBA_LAYERS)
+    said = Checkpoint(uri=str(folder), label="x", init="paper" if layers else None, layers=layers)
+    assert locate.describe(str(folder), "x") == said
+
+
+def test_a_release_is_opened_from_the_hub_cache(tmp_path, monkeypatch):
+    repository = tmp_path / "models--org--name"
+    folder, _ = release(repository / "snapshots" / ("a" * 40), "student", shards=2)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for path in folder.iterdir():
+        assert any(path.match(pattern) for pattern in locate.HUB_FILES), f"{path.name} would stay on the hub"
+    assert list(hybrid.mixers(matvlm.load("org/name")[0])) == list(layouts.MAMBA_LAYERS)
 
 
 def spoil_tensors(folder, change):

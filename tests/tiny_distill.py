@@ -95,7 +95,7 @@ def make_stage(folder: Path, dtype: str = "float32", autocast: str = "off", seed
     hybrid.save(model, build_processor(SIZES, tokenizer), folder / "teacher", {})
     teacher = Checkpoint(uri=str(folder / "teacher"), label="teacher")
     data = prepare(recipe.data, 0, folder / "data")
-    student = init_student(recipe, teacher, "paper", folder / "student")
+    student = init_student(recipe, teacher, "paper", data, folder / "student")
     return Stage(recipe, student, teacher, data, make_targets(recipe, teacher, data, folder / "targets"))
 
 

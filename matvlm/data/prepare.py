@@ -13,7 +13,7 @@ import logging
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from matvlm.artifacts import DataManifest
 from matvlm.config import Data
-from matvlm.data.encoding import Encoder, TemplateError, TooLong, Turn
+from matvlm.data.encoding import Batch, Encoder, TemplateError, TooLong, Turn
 from matvlm.data.sources import BadSample, DataError, Entry, Row, entries, read_image
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
@@ -93,6 +93,11 @@ def open_dataset(manifest: DataManifest) -> Any:
 def turns_of(row: Mapping[str, Any]) -> list[Turn]:
     """The turns of one data set row."""
     return [Turn(turn["question"], turn["answer"]) for turn in row["turns"]]
+
+
+def encode_rows(encoder: Encoder, rows: Iterable[Mapping[str, Any]]) -> Batch:
+    """Data set rows as one batch, in their order."""
+    return encoder.collate([encoder.encode(row["id"], row["image"], turns_of(row)) for row in rows])
 
 
 def _finished(folder: Path, made_with: dict[str, Any]) -> DataManifest:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from matvlm.config import Distill, Optimizer
+from matvlm.config import Distill
+from matvlm.optimizer import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,7 +59,7 @@ class TorchEngine:
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill):
         self.parameters, self.settings = parameters, settings
-        self.optimizer = adamw(parameters, settings.optimizer)
+        self.optimizer = adamw(parameters.values(), settings.optimizer)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -109,7 +110,7 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=nn.ParameterList(parameters.values()),
             model_parameters=list(parameters.values()),
-            optimizer=adamw(parameters, settings.optimizer),
+            optimizer=adamw(parameters.values(), settings.optimizer),
             config=self._config(),
         )
 
@@ -169,17 +170,6 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": settings.deepspeed.zero_stage},
             "zero_allow_untested_optimizer": True,
         }
-
-
-def adamw(parameters: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """torch's AdamW with weight decay on matrices only."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 def _single_process_rendezvous() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from matvlm.artifacts import Checkpoint
 from matvlm.config import Recipe
 from matvlm.data.encoding import Batch, Encoder
-from matvlm.data.prepare import turns_of
+from matvlm.data.prepare import encode_rows
 from matvlm.distill.engine import make_engine
 from matvlm.distill.schedule import learning_rate, order
 from matvlm.distill.trunk import SharedTrunk
@@ -99,9 +99,8 @@ class Run:
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[Batch]:
         size = self.recipe.distill.micro_batch_size
         for start in range(0, len(rows), size):
-            chosen = [self.dataset[row] for row in rows[start : start + size]]
-            samples = [self.encoder.encode(row["id"], row["image"], turns_of(row)) for row in chosen]
-            yield self.encoder.collate(samples).to(self.device)
+            chosen = (self.dataset[row] for row in rows[start : start + size])
+            yield encode_rows(self.encoder, chosen).to(self.device)
 
     def _losses(self, batch: Batch, kept: int, tokens: int) -> dict[str, Tensor]:
         """The weighted loss terms of a micro-batch, each divided by its count over the whole batch.

@@ -7,7 +7,7 @@ continues from a snapshot repeats exactly what an uninterrupted one would have d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 
 from matvlm.artifacts import Checkpoint, DataManifest, TargetStore
 from matvlm.config import Recipe
-from matvlm.data.prepare import open_dataset
+from matvlm.data.encoding import Encoder
+from matvlm.data.prepare import encode_rows, open_dataset
 from matvlm.distill.run import DistillError, Run, open_models
-from matvlm.distill.schedule import num_updates
-from matvlm.init import convert_
+from matvlm.distill.schedule import num_updates, order
+from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
 from matvlm.models.layers import choose_layers
 from matvlm.progress import Progress
@@ -35,21 +36,31 @@ _FREE_TO_CHANGE = ("checkpoint_every_updates", "keep_checkpoints", "log_every_up
 
 
 def init_student(
-    recipe: Recipe, teacher: Checkpoint, init: str, folder: Path, layers: Sequence[int] | None = None
+    recipe: Recipe,
+    teacher: Checkpoint,
+    init: str,
+    data: DataManifest,
+    folder: Path,
+    layers: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """Replace attention by Mamba-2 in a copy of ``teacher`` and save the untrained hybrid to ``folder``.
 
     Args:
+        data: ``aligned`` is calibrated on its first samples in the order of training.
         layers: which to replace; None chooses by ``recipe.hybrid``, where nothing needs to be measured for that.
 
     Raises:
         ValueError: the layers cannot be chosen or replaced (see ``choose_layers``, ``convert_``).
     """
     settings = recipe.hybrid
-    model, processor = locate.load(teacher.uri, dtype=getattr(torch, recipe.teacher.dtype))
+    model, processor = locate.load(teacher.uri, device, getattr(torch, recipe.teacher.dtype))
     rule = settings.layers if layers is None else layers
     chosen = choose_layers(len(hybrid.decoder_layers(model)), settings.ratio, rule)
-    convert_(model, chosen, init, recipe.seed, settings.chunk_size, settings.kernels)
+    batches = (
+        _calibration_batches(recipe, data, Encoder(processor, recipe.data.max_length)) if init in CALIBRATED else ()
+    )
+    convert_(model, chosen, init, recipe.seed, settings.chunk_size, settings.kernels, batches)
     hybrid.save(model, processor, folder, {"teacher": teacher.uri, "seed": recipe.seed})
     return Checkpoint(
         uri=str(folder),
@@ -58,6 +69,14 @@ def init_student(
         layers=chosen,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _calibration_batches(recipe: Recipe, data: DataManifest, encoder: Encoder) -> Iterator[Mapping[str, torch.Tensor]]:
+    dataset, size = open_dataset(data), recipe.distill.micro_batch_size
+    count = min(recipe.hybrid.calibration_samples, len(dataset))
+    rows = order(len(dataset), count, recipe.seed, update=1) if count else []
+    for start in range(0, len(rows), size):
+        yield encode_rows(encoder, (dataset[row] for row in rows[start : start + size])).inputs
 
 
 def distill(

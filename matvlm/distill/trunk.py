@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from matvlm.data.encoding import Batch
 from matvlm.losses import layer_l2
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
+from matvlm.models.watch import watch
 
 
 class SharedTrunk:
@@ -99,33 +100,13 @@ class TeacherForced(LayerLoss):
     """
 
     def value(self) -> Tensor:
+        with self.trunk.as_teacher() as teacher:
+            seen = watch(teacher, self.trunk.attentions, self.batch.inputs)
         sums = []
-        for index, (hidden, kwargs, expected) in self._teacher_pass().items():
-            output, _ = mixers(self.trunk.student)[index](hidden_states=hidden, **kwargs)
-            sums.append(layer_l2(output, expected, self.mask))
+        for index, shown in seen.items():
+            output, _ = mixers(self.trunk.student)[index](hidden_states=shown.hidden, **shown.kwargs)
+            sums.append(layer_l2(output, shown.output, self.mask))
         return self._mean(sums)
-
-    @torch.no_grad()
-    def _teacher_pass(self) -> dict[int, tuple[Tensor, dict[str, Any], Tensor]]:
-        seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
-        last = max(self.trunk.attentions)
-
-        def remember(index: int, kwargs: dict[str, Any], output: Any) -> None:
-            hidden = kwargs.pop("hidden_states")
-            seen[index] = (hidden, kwargs, output[0])
-            if index == last:
-                raise _Enough
-
-        hooks = [_watch(attention, index, remember) for index, attention in self.trunk.attentions.items()]
-        try:
-            with self.trunk.as_teacher() as teacher:
-                teacher.base_model(**self.batch.inputs, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
 
 
 class StudentForced(LayerLoss):
@@ -147,10 +128,6 @@ class StudentForced(LayerLoss):
         with torch.no_grad():
             expected = self.trunk.attentions[index](**kwargs)[0]
         self.sums.append(layer_l2(output[0], expected, self.mask))
-
-
-class _Enough(Exception):
-    """The teacher has run as far as it is needed."""
 
 
 def _watch(module: nn.Module, index: int, call: Any) -> Any:

@@ -16,6 +16,8 @@ from typing import Any
 
 SECTION = "matvlm"
 MODEL_TYPE = "matvlm"
+TINYLLAVA = "matvlm_tinyllava"
+"""TinyLLaVA as a family of matvlm's own; ``tinyllava`` is the released layout, which transformers cannot read."""
 _MODULE = "transformers.models.auto.configuration_auto"
 
 
@@ -60,12 +62,30 @@ def _register() -> None:
             family = (config_dict.get(SECTION) or {}).get("model_type")
             if family not in CONFIG_MAPPING:
                 raise ValueError(f"{SECTION}.model_type is {family!r}, which transformers does not know")
-            base = CONFIG_MAPPING[family]
+            base = _tinyllava_config() if family == TINYLLAVA else CONFIG_MAPPING[family]
             _register_models(base)
             return hybrid_config(base).from_dict(config_dict, **kwargs)
 
-    HybridConfig.__module__ = __name__  # transformers takes classes without a module of their own for its own
-    CONFIG_MAPPING.register(MODEL_TYPE, HybridConfig, exist_ok=True)
+    class TinyLlavaConfig(PreTrainedConfig):
+        """Stands for the real one, whose module takes seconds to import, until the first model of that family."""
+
+        model_type = TINYLLAVA
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+            config: PreTrainedConfig = _tinyllava_config().from_dict(config_dict, **kwargs)
+            return config
+
+    for stand_in in (HybridConfig, TinyLlavaConfig):
+        stand_in.__module__ = __name__  # transformers takes classes without a module of their own for its own
+        CONFIG_MAPPING.register(stand_in.model_type, stand_in, exist_ok=True)
+
+
+def _tinyllava_config() -> Any:
+    """The real config class; from now on transformers' Auto classes know it, and its model."""
+    from matvlm.models.tinyllava import TinyLlavaConfig
+
+    return TinyLlavaConfig
 
 
 @cache

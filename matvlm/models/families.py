@@ -102,7 +102,7 @@ def read_attention(attention: nn.Module) -> Attention:
     """
     name = type(attention).__name__
     head_dim = getattr(attention, "head_dim", None)
-    out: Any = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
+    out = output_projection(attention)
     fused: Any = getattr(attention, "qkv_proj", None)
     parts: list[Any] = [getattr(attention, f"{part}_proj", None) for part in "qkv"]
     if head_dim is None or out is None or (fused is None and None in parts):
@@ -129,6 +129,11 @@ def read_attention(attention: nn.Module) -> Attention:
         raise ValueError(f"{name}: a mixer has no place for its {', '.join(odd)}")
     read = Attention(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias, head_dim)
     return _with_norms(read, attention)
+
+
+def output_projection(attention: nn.Module) -> Any:
+    """The linear layer that an attention's heads go through last; None if it has none of a known name."""
+    return getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
 
 
 def rotates_halves(attention: nn.Module) -> bool:

@@ -9,16 +9,15 @@ came from. ``load`` opens such folders and plain ones alike; for the Auto classe
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,20 +28,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from matvlm.models.auto import SECTION, hybrid_config
 from matvlm.models.card import write_card
+from matvlm.models.folder import FORMAT, ModelFolderError, check_section
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions
 from matvlm.storage import atomic_folder
 
-FORMAT = 2
 CONNECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "merger")
 """What model families call the module between vision tower and decoder."""
-
-
-class ModelFolderError(ValueError):
-    """A model folder that cannot be used; the message names it, what is wrong there and what to do."""
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -58,11 +52,16 @@ def mixers(model: PreTrainedModel) -> dict[int, Mamba2Mixer]:
 
 
 def replace_(
-    model: PreTrainedModel, layers: Iterable[int], make: Callable[[nn.Module, int], Mamba2Mixer], init: str
+    model: PreTrainedModel,
+    layers: Iterable[int],
+    make: Callable[[nn.Module, int], Mamba2Mixer],
+    init: str,
+    prepare: Callable[[dict[int, Mamba2Mixer]], object] = lambda _mixers: None,
 ) -> dict[int, nn.Module]:
     """Put ``make(attention, layer number)`` in the place of the attention of each of ``layers``, in place.
 
-    ``init`` is the initialisation's name, for the record in ``model.config``.
+    ``init`` is the initialisation's name, for the record in ``model.config``. ``prepare`` is called with the mixers
+    while the attentions are still in their places.
 
     Returns:
         The attentions taken out, by layer number.
@@ -77,6 +76,7 @@ def replace_(
     if not layers or len(set(layers)) < len(layers) or not set(layers) < set(range(len(decoder))):
         raise ValueError(f"cannot replace layers {layers} of {len(decoder)}: name some of them, not all, each once")
     made = {index: make(decoder[index].self_attn, index) for index in layers}
+    prepare(made)
     originals = {index: decoder[index].self_attn for index in layers}
     for index, mixer in made.items():
         decoder[index].self_attn = mixer
@@ -101,7 +101,10 @@ def hybrid_class(base: Any) -> Any:
     """``base``, built with the mixers that its config lists, so that ``from_pretrained`` fills them like all else.
 
     Its ``from_pretrained`` is strict: a missing, unexpected or wrongly shaped tensor is a ``ModelFolderError``.
+    A ``base`` that is such a class already is returned as it is.
     """
+    if getattr(base, "is_hybrid", False):
+        return base
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -120,6 +123,7 @@ def hybrid_class(base: Any) -> Any:
         "__module__": base.__module__,  # transformers looks into this module to see what the class supports
         "config_class": hybrid_config(base.config_class) if base.config_class else None,
         "from_pretrained": classmethod(from_pretrained),
+        "is_hybrid": True,
         "_is_stateful": True,  # generate() then refuses assisted decoding: a state cannot be rolled back
     }
     made: Any = type(base.__name__, (base,), attributes)
@@ -206,7 +210,7 @@ def load(
     base: Any = _model_class(folder, config)
     section = getattr(config, SECTION, None)
     if section is not None:
-        _check_section(folder, section)
+        check_section(folder, section)
         base = hybrid_class(base)
     try:
         model, _ = _load_strictly(
@@ -257,52 +261,6 @@ def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
             return found
     raise ModelFolderError(f"{folder / 'config.json'}: architectures: {name} is no model class of transformers")
-
-
-def _check_section(folder: Path, section: Any) -> None:
-    """Raise unless ``section`` is readable and names the layers that the tensors hold mixers for."""
-    where = f"{folder / 'config.json'}: {SECTION}"
-    if not isinstance(section, dict) or section.get("format") != FORMAT:
-        found = section.get("format") if isinstance(section, dict) else section
-        raise ModelFolderError(f"{where}.format is {found!r}, expected {FORMAT}: written by another version of matvlm")
-    layers, options = section.get("layers"), section.get("mixers")
-    if not isinstance(layers, list) or not isinstance(options, dict) or {str(i) for i in layers} != options.keys():
-        raise ModelFolderError(f"{where}: layers and mixers must name the same layers, got {layers!r} and {options!r}")
-    names = {field.name for field in fields(MixerOptions)}
-    for index, values in options.items():
-        if names ^ values.keys():
-            odd = sorted(names ^ values.keys())
-            raise ModelFolderError(f"{where}.mixers.{index}: missing or unknown options {odd}")
-    found = _layers_with_mixers(folder)
-    if found != sorted(layers):
-        raise ModelFolderError(f"{where}.layers is {layers}, but the tensors hold mixers for the layers {found}")
-
-
-def _layers_with_mixers(folder: Path) -> list[int]:
-    found = set()
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                matches = [re.search(r"layers\.(\d+)\.self_attn\.A_log$", name) for name in tensors.keys()]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelFolderError(f"{path}: damaged: {error}") from error
-        found |= {int(match.group(1)) for match in matches if match}
-    return sorted(found)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model, all of which exist."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelFolderError(f"{index}: damaged: {error}") from None
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelFolderError(f"{folder}: not there, but in {index.name}: {', '.join(missing)}")
-    return [folder / name for name in names]
 
 
 def _load_processor(folder: Path) -> Any:

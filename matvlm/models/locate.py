@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +13,13 @@ from transformers import PreTrainedModel
 from matvlm.artifacts import Checkpoint
 from matvlm.models import hybrid
 from matvlm.models.auto import SECTION
-from matvlm.models.hybrid import ModelFolderError
+from matvlm.models.folder import CONFIG, RELEASED_TYPE, ModelFolderError, is_released, read_object
 from matvlm.storage import local_copy
 
 PACKAGE = "package://"
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""What ``hybrid.load`` may read; a hub model's code and pickles stay where they are."""
+"""What ``load`` may read; a hub model's code and pickles stay where they are."""
 
 
 def locate(uri: str) -> Path:
@@ -45,14 +44,20 @@ def locate(uri: str) -> Path:
 def load(uri: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
     """Model, in evaluation mode, and processor of ``uri``; see ``locate`` and ``hybrid.load``.
 
+    The paper's own checkpoints also open in the layout that they were released in, see ``tinyllava.load``.
     ``dtype`` None keeps that of the files, except on a CPU, which is slow at half precision: there it is float32.
 
     Raises:
-        ModelFolderError, StorageError: as ``locate`` and ``hybrid.load`` do.
+        ModelFolderError, StorageError: as ``locate``, ``hybrid.load`` and ``tinyllava.load`` do.
     """
+    folder = locate(uri)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    return hybrid.load(locate(uri), dtype=dtype, device=device)
+    if is_released(folder):
+        from matvlm.models import tinyllava
+
+        return tinyllava.load(folder, dtype, device)
+    return hybrid.load(folder, dtype, device)
 
 
 def describe(uri: str, label: str) -> Checkpoint:
@@ -61,11 +66,13 @@ def describe(uri: str, label: str) -> Checkpoint:
     Raises:
         ModelFolderError, StorageError: as ``locate`` does, or its config.json is missing or is not JSON.
     """
-    path = locate(uri) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path}: cannot be read: {error}") from None
+    folder = locate(uri)
+    config = read_object(folder / CONFIG)
+    if config.get("model_type") == RELEASED_TYPE:
+        from matvlm.models import tinyllava
+
+        layers = tinyllava.mixer_layers(folder)
+        return Checkpoint(uri=uri, label=label, init=tinyllava.INIT if layers else None, layers=layers)
     section = config.get(SECTION) or {}
     return Checkpoint(
         uri=uri,
@@ -83,7 +90,7 @@ def package_folder(uri: str) -> Path:
         ModelFolderError: none has that name; the message lists those that ship.
     """
     assets = Path(str(files("matvlm"))) / "assets"
-    shipped = {folder.name: folder for folder in assets.glob("*") if (folder / "config.json").is_file()}
+    shipped = {folder.name: folder for folder in assets.glob("*") if (folder / CONFIG).is_file()}
     name = uri.removeprefix(PACKAGE)
     if name not in shipped:
         raise ModelFolderError(

@@ -9,7 +9,7 @@ import torch
 
 from matvlm.config import Targets
 from matvlm.data.encoding import Batch, Encoder
-from matvlm.data.prepare import turns_of
+from matvlm.data.prepare import encode_rows
 from matvlm.losses import bucket_logprobs
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
@@ -58,7 +58,7 @@ def compute_shard(
         with Progress(len(rows), label, "sample", reporter) as progress:
             for start in range(0, len(rows), settings.batch_size):
                 chunk = [rows[i] for i in range(start, min(start + settings.batch_size, len(rows)))]
-                batch = encoder.collate([encoder.encode(row["id"], row["image"], turns_of(row)) for row in chunk])
+                batch = encode_rows(encoder, chunk)
                 yield from batch_targets(model, batch, identity.top_k, identity.temperature)
                 progress.update(len(chunk))
 

@@ -7,6 +7,8 @@ A quarter of the layers (``even``) of a teacher gets mixers by ``aligned``, ``pa
 (``matvlm.alignment``, all else frozen and untouched), and KL(teacher || hybrid) is taken on samples never aligned on.
 First each initialisation gets the learning rate of a small grid with which its KL is lowest after 100 updates, one
 seed, measured on samples of their own. A seed decides the random parts of an initialisation and the order of the data.
+``aligned`` is calibrated on one batch (``matvlm.init.calibrate``), as a run does it; it is also measured without that,
+and in the grid the others with it. An interrupted benchmark goes on from its ``--out`` file.
 
 ``easyvqa``: the shipped teacher, KL at answer positions. Samples are an image with two of its questions; the held-out
 images are others than those aligned on. ``smollm2``: see ``smollm2.py``; blocks of 512 tokens, KL at all positions.
@@ -33,19 +35,21 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from smollm2 import load_smollm2, perplexity, token_blocks  # noqa: E402
 
-from matvlm.alignment import align, calibrate  # noqa: E402
+from matvlm.alignment import align  # noqa: E402
 from matvlm.config import Data, Optimizer  # noqa: E402
 from matvlm.data.encoding import Batch  # noqa: E402
-from matvlm.init import INITS  # noqa: E402
+from matvlm.init import CALIBRATED, INITS, calibrate  # noqa: E402
 from matvlm.kernels import resolve_backend  # noqa: E402
 from matvlm.models.hybrid import decoder_layers  # noqa: E402
 from matvlm.models.layers import choose_layers  # noqa: E402
 from matvlm.sensitivity import divergences  # noqa: E402
 
-INIT_NAMES = ("aligned", "paper", "random")
+WITH, WITHOUT = ", calibrated", ", not calibrated"
+"""End the name of an initialisation with ``calibrate`` where it does not belong, or without it where it does."""
+REPORTED = ("aligned", "paper", "random", "aligned" + WITHOUT)
+TRIED = (*REPORTED, "paper" + WITH, "random" + WITH)
+"""What the table of learning rates shows."""
 RATIO = 0.25
-SCALED = ", scaled"
-"""Ends the name of an initialisation that ``calibrate`` has scaled on one batch before the first update."""
 
 Name = tuple[str, int]
 """An initialisation and its seed."""
@@ -140,13 +144,14 @@ def make(setting: Setting, layers: list[int], name: Name) -> dict[int, Any]:
     """The mixers of one initialisation and seed for ``layers``."""
     init, seed = name
     decoder = decoder_layers(setting.model)
-    make_mixer = INITS[init.removesuffix(SCALED)]
+    base = init.removesuffix(WITH).removesuffix(WITHOUT)
+    make_mixer = INITS[base]
     mixers = {
         layer: make_mixer(decoder[layer].self_attn, layer, torch.Generator().manual_seed(1_000_003 * seed + layer))
         for layer in layers
     }
-    if init.endswith(SCALED):
-        calibrate(setting.model, mixers, setting.tuning[0].inputs)
+    if (base in CALIBRATED) != init.endswith((WITH, WITHOUT)):
+        calibrate(setting.model, mixers, [setting.tuning[0].inputs])
     return mixers
 
 
@@ -206,32 +211,43 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{setting.note}; layers {layers}; ready after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True
     )
-    names = [*INIT_NAMES, *(init + SCALED for init in INIT_NAMES if arguments.scaled)]
-    grid: dict[str, dict[str, float]] = {init: {} for init in names}
-    for rate in arguments.rates:
-        found = trial(setting, layers, names, 0, rate, [arguments.grid_updates], setting.tuning)
-        for init in names:
-            grid[init][str(rate)] = found[init][arguments.grid_updates]
-    rates = {init: float(min(grid[init], key=lambda rate: grid[init][rate])) for init in names}
-    results = {
-        "model": arguments.model,
-        "note": f"{setting.note}; layers {layers}",
-        "machine": machine(arguments.device),
-        "steps": arguments.steps,
-        "grid_updates": arguments.grid_updates,
-        "grid": grid,
-        "rates": rates,
-        "runs": {init: {} for init in names},
+    out = Path(arguments.out)
+    if out.exists():
+        results = json.loads(out.read_text())
+    else:
+        results = {
+            "model": arguments.model,
+            "note": f"{setting.note}; layers {layers}",
+            "machine": machine(arguments.device),
+            "steps": arguments.steps,
+            "grid_updates": arguments.grid_updates,
+            "grid": {init: {} for init in TRIED},
+            "runs": {init: {} for init in REPORTED},
+            "seconds": 0,
+        }
+
+    def keep() -> None:
+        nonlocal started
+        results["seconds"] += round(time.monotonic() - started)
+        started = time.monotonic()
+        out.write_text(json.dumps(results, indent=2) + "\n")
+
+    for rate in (rate for rate in arguments.rates if str(rate) not in results["grid"][TRIED[0]]):
+        found = trial(setting, layers, list(TRIED), 0, rate, [arguments.grid_updates], setting.tuning)
+        for init in TRIED:
+            results["grid"][init][str(rate)] = found[init][arguments.grid_updates]
+        keep()
+    results["rates"] = {
+        init: float(min(results["grid"][init], key=results["grid"][init].__getitem__)) for init in REPORTED
     }
-    for seed in arguments.seeds:
-        for rate in sorted(set(rates.values())):
-            inits = [init for init in names if rates[init] == rate]
-            found = trial(setting, layers, inits, seed, rate, arguments.steps, setting.held_out)
-            for init in inits:
-                results["runs"][init][str(seed)] = {str(step): value for step, value in found[init].items()}
-        results["seconds"] = round(time.monotonic() - started)
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(results, indent=2) + "\n")
+    for seed in map(str, arguments.seeds):
+        for rate in sorted(set(results["rates"].values())):
+            left = [i for i in REPORTED if results["rates"][i] == rate and seed not in results["runs"][i]]
+            if left:
+                found = trial(setting, layers, left, int(seed), rate, arguments.steps, setting.held_out)
+                for init in left:
+                    results["runs"][init][seed] = {str(step): value for step, value in found[init].items()}
+                keep()
     print(table(results))
     print(f"\n{results['seconds']} s in all.")
 
@@ -248,9 +264,6 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=512, help="smollm2: tokens of a block")
     parser.add_argument("--batch-size", type=int, default=8, help="smollm2: blocks of a batch")
     parser.add_argument("--held-out", type=int, default=64, help="smollm2: held-out blocks; half as many to tune")
-    parser.add_argument(
-        "--scaled", action="store_true", help="also each initialisation with its scale calibrated first"
-    )
-    parser.add_argument("--out", help="JSON file, written after each seed")
+    parser.add_argument("--out", default="init_ablation.json", help="written after each part, which is not done again")
     torch.set_float32_matmul_precision("high")
     run(parser.parse_args())

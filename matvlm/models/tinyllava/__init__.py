@@ -17,12 +17,22 @@ from transformers import LlavaProcessor, PreTrainedModel
 from matvlm.artifacts import Checkpoint
 from matvlm.models import hybrid
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions
-from matvlm.models.tinyllava.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration, register
+from matvlm.models.tinyllava.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from matvlm.models.tinyllava.processor import IMAGE, build_processor
-from matvlm.models.tinyllava.release import is_released, read_config, read_mixers
+from matvlm.models.tinyllava.release import MIXERS, parse_config, parse_mixers, read_config, read_mixers
 from matvlm.models.tinyllava.weights import read_tensors
 
-__all__ = ["TinyLlavaConfig", "TinyLlavaForConditionalGeneration", "convert", "is_released", "load", "register"]
+__all__ = [
+    "MIXERS",
+    "TinyLlavaConfig",
+    "TinyLlavaForConditionalGeneration",
+    "convert",
+    "load",
+    "mixer_layers",
+    "parse_config",
+    "parse_mixers",
+    "skeleton",
+]
 
 INIT = "paper"
 """How the released students started (but without the attention's biases)."""
@@ -52,12 +62,12 @@ def load(
     processor = build_processor(folder, config)
     tokenizer = processor.tokenizer
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    skeleton = _skeleton(config, read_mixers(folder, config))
-    tensors = read_tensors(folder, skeleton)
-    build: Any = type(skeleton).from_pretrained
+    empty = skeleton(config, read_mixers(folder, config))
+    tensors = read_tensors(folder, empty)
+    build: Any = type(empty).from_pretrained
     model = build(
         None,
-        config=skeleton.config,
+        config=empty.config,
         state_dict=tensors,
         dtype=dtype or tensors["model.language_model.embed_tokens.weight"].dtype,
     )
@@ -90,8 +100,17 @@ def convert(folder: str | Path, destination: str | Path, source: str | None = No
     )
 
 
-def _skeleton(config: TinyLlavaConfig, mixers: Mapping[int, MixerOptions]) -> PreTrainedModel:
-    """The model without values: class, config, names and shapes."""
+def mixer_layers(folder: Path) -> list[int]:
+    """The Mamba-2 layers of the released checkpoint in ``folder``, none for a teacher; no weights are read.
+
+    Raises:
+        ModelFolderError: a JSON file is missing or damaged, or a setting is not one of the released models'.
+    """
+    return sorted(read_mixers(folder, read_config(folder)))
+
+
+def skeleton(config: TinyLlavaConfig, mixers: Mapping[int, MixerOptions]) -> PreTrainedModel:
+    """The model without values, on ``meta`` and in float32: class, config, names and shapes."""
 
     def make(_attention: nn.Module, layer: int) -> Mamba2Mixer:
         return Mamba2Mixer(mixers[layer], layer)

@@ -8,14 +8,13 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
-MODEL_TYPE = "matvlm_tinyllava"
-"""In config.json; ``tinyllava`` is taken by the released layout, which transformers cannot read."""
+from matvlm.models.auto import TINYLLAVA
 
 
 class TinyLlavaConfig(LlavaConfig):
     """The config of ``TinyLlavaForConditionalGeneration``; the fields are LLaVA's."""
 
-    model_type = MODEL_TYPE
+    model_type = TINYLLAVA
 
 
 class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -29,10 +28,5 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.post_init()
 
 
-def register() -> None:
-    """Make transformers' Auto classes open folders of this model; more than one call does no harm."""
-    AutoConfig.register(MODEL_TYPE, TinyLlavaConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration, exist_ok=True)
-
-
-register()
+AutoConfig.register(TINYLLAVA, TinyLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration, exist_ok=True)

@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from transformers import CodeGenTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from matvlm.models.hybrid import ModelFolderError
+from matvlm.models.folder import ModelFolderError
 from matvlm.models.tinyllava.model import TinyLlavaConfig
 
 IMAGE = "<image>"

@@ -15,17 +15,15 @@ Facts of the released layout, taken from TinyLLaVA_Factory and from MaTVLM's cod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from matvlm.models.hybrid import ModelFolderError
+from matvlm.models.folder import CONFIG, RELEASED_TYPE, ModelFolderError, read_object
 from matvlm.models.mixer import MixerOptions
 from matvlm.models.tinyllava.model import TinyLlavaConfig
 
-RELEASED_TYPE = "tinyllava"
-CONFIG, MIXERS = "config.json", "mamba_config.json"
+MIXERS = "mamba_config.json"
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """TinyLLaVA's names for what becomes of the vision tower's first token -> transformers' names."""
 NOT_FIELDS = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "transformers_version", "model_name_or_path")
@@ -35,15 +33,6 @@ SSM_WITHOUT_EFFECT = {"expand", "headdim", "chunk_size"}
 """Of the mixer's settings: the released mixer ignores the first two, the third changes speed only."""
 
 
-def is_released(folder: str | Path) -> bool:
-    """Whether ``folder`` has the released layout; only its config.json is read, and False if that cannot be."""
-    try:
-        raw = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(raw, dict) and raw.get("model_type") == RELEASED_TYPE
-
-
 def read_config(folder: Path) -> TinyLlavaConfig:
     """The model's config. The image token is not in it yet: the released code used -200, outside of the vocabulary.
 
@@ -51,10 +40,15 @@ def read_config(folder: Path) -> TinyLlavaConfig:
         ModelFolderError: config.json cannot be read, or describes a model of other parts than Phi, SigLIP and the
             two-layer connector.
     """
-    path = folder / CONFIG
-    raw = _read_object(path)
+    return parse_config(read_object(folder / CONFIG), folder / CONFIG)
+
+
+def parse_config(raw: Mapping[str, Any], path: Path | str) -> TinyLlavaConfig:
+    """``read_config`` for the JSON object ``raw`` of the file ``path``, which error messages name."""
+    if raw.get("model_type") != RELEASED_TYPE:
+        expected = f"{RELEASED_TYPE!r}: this is no checkpoint in the layout of the released ones"
+        _refuse(path, "model_type", raw.get("model_type"), expected)
     for field, value, known in (
-        ("model_type", raw.get("model_type"), [RELEASED_TYPE]),
         ("text_config.model_type", _section(raw, "text_config").get("model_type"), ["phi"]),
         ("vision_config.model_type", _section(raw, "vision_config").get("model_type"), ["siglip_vision_model"]),
         ("connector_type", raw.get("connector_type"), ["mlp2x_gelu"]),
@@ -73,6 +67,7 @@ def read_config(folder: Path) -> TinyLlavaConfig:
             vision_config={**_section(raw, "vision_config"), "vision_use_head": False},
             vision_feature_layer=layer,
             vision_feature_select_strategy=strategy,
+            dtype=raw.get("torch_dtype"),
         )
     except Exception as error:  # transformers checks types with a library of its own
         raise ModelFolderError(f"{path}: not a usable config: {error}") from error
@@ -88,9 +83,11 @@ def read_mixers(folder: Path, config: TinyLlavaConfig) -> dict[int, MixerOptions
         ModelFolderError: the file cannot be read, does not fit the model, or asks for a mixer of another form.
     """
     path = folder / MIXERS
-    if not path.exists():
-        return {}
-    raw = _read_object(path)
+    return parse_mixers(read_object(path), path, config) if path.exists() else {}
+
+
+def parse_mixers(raw: Mapping[str, Any], path: Path | str, config: TinyLlavaConfig) -> dict[int, MixerOptions]:
+    """``read_mixers`` for the JSON object ``raw`` of the file ``path``, which error messages name."""
     text, ssm = config.text_config, _section(raw, "ssm_cfg")
     heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
     kv_heads = text.num_key_value_heads
@@ -122,21 +119,11 @@ def read_mixers(folder: Path, config: TinyLlavaConfig) -> dict[int, MixerOptions
     return dict.fromkeys(_replaced(path, raw.get("attn_layers"), text.num_hidden_layers), options)
 
 
-def _replaced(path: Path, attention_layers: Any, count: int) -> list[int]:
+def _replaced(path: Path | str, attention_layers: Any, count: int) -> list[int]:
     every = set(range(count))
     if not isinstance(attention_layers, list) or not set(attention_layers) < every or not attention_layers:
         _refuse(path, "attn_layers", attention_layers, f"some, not all, of the layers 0 to {count - 1}")
     return sorted(every - set(attention_layers))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelFolderError(f"{path}: not a JSON object")
-    return raw
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -144,5 +131,5 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in section.items() if not k.startswith(NOT_FIELDS)} if isinstance(section, dict) else {}
 
 
-def _refuse(path: Path, field: str, value: Any, expected: str) -> NoReturn:
+def _refuse(path: Path | str, field: str, value: Any, expected: str) -> NoReturn:
     raise ModelFolderError(f"{path}: {field} is {value!r}, expected {expected}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -10,10 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from matvlm.models import hybrid
-from matvlm.models.hybrid import ModelFolderError
+from matvlm.models.folder import ModelFolderError, weight_files
 
 PREFIXES = {
     "model.language_model.": "language_model.model.",
@@ -41,13 +39,16 @@ def read_tensors(folder: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ModelFolderError: a file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
+    files = weight_files(folder)
+    if not files:
+        raise ModelFolderError(f"{folder}: no *.safetensors there; weights in other formats are not opened")
     layers = hybrid.mixers(skeleton)
     wanted = {released_name(name, layers): name for name in skeleton.state_dict()}
     shapes = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     found: dict[str, Tensor] = {}
     unknown: list[str] = []
     misshapen: list[str] = []
-    for path, name, tensor in _tensors(_files(folder)):
+    for path, name, tensor in _tensors(files):
         if name not in wanted:
             if not UNUSED.fullmatch(name):
                 unknown.append(f"{name} ({path.name})")
@@ -75,21 +76,6 @@ def released_name(name: str, mixer_layers: Collection[int]) -> str:
     if match and int(match[2]) in mixer_layers:
         return f"{match[1]}mamba.{MIXER_NAMES.get(match[3], match[3])}"
     return name
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelFolderError(f"{folder}: no *.safetensors there; weights in other formats are not opened")
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFolderError(f"{index}: damaged: {error!r}") from None
-    return [folder / name for name in names]
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, Tensor]]:
