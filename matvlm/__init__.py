@@ -21,7 +21,8 @@ def load(uri: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """Open a model, hybrid or not, and its processor.
 
     ``uri`` is a local folder, ``s3://``, ``package://NAME``, a Hugging Face hub id (also ``org/name@revision``),
-    ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``. On a CPU the weights are float32, elsewhere as in the files.
+    ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``. What TinyLLaVA and MaTVLM released opens as well. On a CPU the
+    weights are float32, elsewhere as in the files.
 
     Raises:
         ValueError, OSError, RuntimeError: there is no such model, or it is damaged; the message says what and where.

@@ -86,9 +86,13 @@ def accuracy_table(table: Sequence[Row]) -> str:
     """The accuracy table as Markdown."""
     head = "| model | initialisation | updates | accuracy | of the teacher's | questions |\n|---|---|--:|--:|--:|--:|\n"
     return head + "".join(
-        f"| {r.label} | {r.init} | {r.updates} | {r.accuracy:.2%} | {r.share:.2%} | {r.num_questions:,} |\n"
+        f"| {r.label} | {r.init} | {r.updates} | {r.accuracy:.2%} | {_percent(r.share)} | {r.num_questions:,} |\n"
         for r in table
     )
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.2%}"
 
 
 def profile_table(result: ProfileResult, baseline: str = TEACHER) -> str:

@@ -105,7 +105,7 @@ def test_each_model_is_measured_by_the_teacher() -> None:
 def test_a_teacher_that_knows_nothing_measures_nothing() -> None:
     table = rows(CHECKPOINTS[:2], [result("teacher", 0.0), RESULTS[1]], "easyvqa")
     assert all(math.isnan(row.share) for row in table)
-    assert "| 78.00% | nan% |" in accuracy_table(table)
+    assert "| 78.00% | - |" in accuracy_table(table)
 
 
 def test_results_of_other_models_are_refused() -> None:
