@@ -65,7 +65,7 @@ class SensitivityReport(Artifact):
         order = sorted(range(len(self.kl)), key=lambda layer: (self.kl[layer], layer))
         lines = ["layer  KL [nats/position]  alignment error  becomes Mamba-2"]
         lines += [
-            f"{layer:5d}  {self.kl[layer]:18.5f}  {self.alignment_error[layer]:15.4f}  "
+            f"{layer:5d}  {self.kl[layer]:18.2e}  {self.alignment_error[layer]:15.4f}  "
             + ("yes" if layer in self.chosen else "no")
             for layer in order
         ]

@@ -67,7 +67,7 @@ def _facts(section: Mapping[str, Any], provenance: Mapping[str, Any], model: Pre
     rows = [
         ("class", f"{type(model).__name__} ({section['model_type']})"),
         ("layers that are Mamba-2", ", ".join(map(str, section["layers"]))),
-        ("initialisation", section["init"]),
+        ("initialisation", section["init"] + (", calibrated" if section.get("calibrated") else "")),
         ("mixer", ", ".join(f"{option} {value}" for option, value in shown.items())),
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("weights", str(model.dtype).removeprefix("torch.")),

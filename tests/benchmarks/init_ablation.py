@@ -184,13 +184,13 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for step in steps:
             values = [run[str(step)] for run in results["runs"][init].values()]
-            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" if values else "")
+            cells.append(f"{statistics.mean(values):.2g} ({min(values):.2g} - {max(values):.2g})" if values else "")
         lines.append(f"| {init} | {rate:g} | {' | '.join(cells)} |")
     lines += ["", f"Learning rates, KL after {results['grid_updates']} updates on the tuning samples, seed 0:", ""]
     tried = [float(rate) for rate in next(iter(results["grid"].values()))]
     lines += [f"| init | {' | '.join(f'{rate:g}' for rate in tried)} |", "|---" * (1 + len(tried)) + "|"]
     for init, values in results["grid"].items():
-        lines.append(f"| {init} | {' | '.join(f'{value:.4f}' for value in values.values())} |")
+        lines.append(f"| {init} | {' | '.join(f'{value:.2g}' for value in values.values())} |")
     return "\n".join(lines)
 
 
