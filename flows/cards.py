@@ -89,7 +89,14 @@ class DistillCard(LiveCard):
         {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"},
         {"samples_per_second": "samples / s", "tokens_per_second": "tokens / s", "memory_gb": "memory [GB]"},
     )
-    LOSSES: ClassVar = {"loss": "total", "loss_prob": "probabilities", "loss_layer": "layers", "loss_ce": "answer"}
+    LOSSES: ClassVar = {
+        "loss": "total",
+        "loss_prob": "probabilities",
+        "loss_layer": "layers",
+        "loss_ce": "answer",
+        "loss_ce_teacher": "teacher's answer",
+        "loss_logits_l2": "logits",
+    }
 
     def __init__(self, title: str):
         super().__init__(title)

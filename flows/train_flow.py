@@ -56,21 +56,14 @@ class TrainFlow(FlowSpec):
     @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def teacher_targets(self):
-        from matvlm.data.encoding import Encoder
-        from matvlm.data.prepare import open_dataset
-        from matvlm.targets import Identity, compute_shard, shard_rows
-        from matvlm.teacher import fingerprint
+        from matvlm.targets import TargetJob
 
-        recipe = self.settings()
+        recipe, data = self.settings(), DataManifest.model_validate(self.data)
         with support.stage(self, recipe, f"teacher_targets[{self.input}]") as reporter:
             model, processor = support.load_teacher(recipe, support.device())
-            data = DataManifest.model_validate(self.data)
-            identity = Identity.of(recipe, data, processor, fingerprint(model))
-            dataset = open_dataset(data)
-            rows = dataset.select(shard_rows(len(dataset), recipe.targets.shards, self.input))
-            encoder, where = Encoder(processor, recipe.data.max_length), str(self.path("targets"))
-            compute_shard(model, encoder, rows, recipe.targets, where, self.input, identity, reporter)
-        self.identity = identity.model_dump(mode="json")
+            job = TargetJob(recipe, model, processor, data, str(self.path("targets")))
+            job.compute(self.input, reporter)
+        self.identity = job.identity.model_dump(mode="json")
         self.next(self.join_targets)
 
     @step

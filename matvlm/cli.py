@@ -11,13 +11,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from matvlm.artifacts import Checkpoint, ProfileResult
-from matvlm.config import Evaluate, Profile, load_recipe, split_overrides
+from matvlm.artifacts import Checkpoint, DataManifest, ProfileResult
+from matvlm.config import Evaluate, Profile, Recipe, load_recipe, split_overrides
 from matvlm.reporting import Reporter
 from matvlm.storage import StorageError, write_json
 from matvlm.tracking import TrackingError, resolve_checkpoint, sync
 from matvlm.tracking.registry import SCHEME
+
+if TYPE_CHECKING:
+    from matvlm.targets import GradientReport, TargetJob
 
 CHECKPOINTS = """\
 A CHECKPOINT is one of
@@ -63,7 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     what = "a recipe, for instance flows/recipes/easyvqa.yaml, or a checkpoint"
     command.add_argument("subject", metavar="RECIPE|CHECKPOINT", help=what)
     change = "change a recipe's fields first, for instance distill.epochs=2"
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=change)
+    changes: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
+    command.add_argument("--set", help=change, **changes)
+
+    command = add("targets", _targets, "compute the teacher's targets that a recipe needs, as far as they are missing")
+    command.add_argument("recipe", metavar="RECIPE", help="for instance flows/recipes/easyvqa.yaml")
+    command.add_argument("--set", help=change, **changes)
+    what = "compute this shard only, counted from 0; whoever finishes the last one joins them"
+    command.add_argument("--shard", type=int, metavar="I", help=what)
+    command.add_argument("--out", metavar="URI", help="a folder, also on s3://; default: runs/RECIPE'S NAME/targets")
+    what = "then measure the loss's gradient against the one with all of the teacher's logits, on N batches"
+    command.add_argument("--check", type=_count, metavar="N", help=what)
 
     summary = "write one of the paper's released checkpoints as a model folder of transformers"
     command = add("convert", _convert, summary, CHECKPOINTS)
@@ -100,8 +115,79 @@ def _inspect(options: argparse.Namespace) -> None:
     if Path(options.subject).suffix not in (".yaml", ".yml"):
         print(describe_model(resolve_checkpoint(options.subject)), end="")
         return
-    recipe = load_recipe(options.subject, [override for text in options.set for override in split_overrides(text)])
-    print(describe(recipe), end="")
+    print(describe(_recipe(options.subject, options.set)), end="")
+
+
+def _targets(options: argparse.Namespace) -> None:
+    import torch
+
+    from matvlm.data.encoding import Encoder
+    from matvlm.data.prepare import prepare
+    from matvlm.models import locate
+    from matvlm.targets import TargetJob, read_manifest
+
+    recipe = _recipe(options.recipe, options.set)
+    shards = range(recipe.targets.shards)
+    if options.shard is not None and options.shard not in shards:
+        raise ValueError(f"shard {options.shard}: targets.shards={len(shards)} are 0 to {len(shards) - 1}")
+    folder = Path("runs", recipe.name)
+    model, processor = locate.load(recipe.teacher.uri, _device(), getattr(torch, recipe.teacher.dtype))
+    encoder = Encoder(processor, recipe.data.max_length)
+    data = prepare(recipe.data, recipe.seed, folder / "data", encoder=encoder)
+    job = TargetJob(recipe, model, processor, data, options.out or str(folder / "targets"))
+    for shard in shards if options.shard is None else [options.shard]:
+        job.compute(shard)
+    if job.computed_samples:
+        rate = job.computed_samples / job.seconds
+        print(f"{job.computed_samples:,} samples in {job.seconds:.1f} s: {rate:,.1f} samples/s, writing included")
+    if missing := job.missing():
+        print(f"{job.uri}: not joined, as shards are missing: {', '.join(map(str, missing))}")
+        return
+    job.join()
+    store = read_manifest(job.uri)
+    print(
+        f"{job.uri}: {store.num_samples:,} samples, {store.num_positions:,} positions of "
+        f"{store.bytes_per_position:.1f} B; mass of the top {store.identity.top_k}: mean {store.kept_mass_mean:.4%}, "
+        f"1st percentile {store.kept_mass_p1:.4%}"
+    )
+    if options.check:
+        print(_gradient_table(_check_gradients(recipe, data, job, options.check)))
+
+
+def _check_gradients(recipe: Recipe, data: DataManifest, job: TargetJob, batches: int) -> GradientReport:
+    """At the student that the recipe starts from; layers that would have to be measured first are spread evenly."""
+    import torch
+
+    from matvlm.distill import init_student
+    from matvlm.models import locate
+    from matvlm.targets import check_gradients, open_targets
+
+    if recipe.hybrid.layers == "sensitivity":
+        recipe = recipe.model_copy(update={"hybrid": recipe.hybrid.model_copy(update={"layers": "even"})})
+    size = recipe.targets.batch_size
+    count = min(batches * size, len(job.dataset))
+    rows = job.dataset.select([number * len(job.dataset) // count for number in range(count)])
+    with TemporaryDirectory() as folder:
+        teacher = Checkpoint(uri=recipe.teacher.uri, label="teacher")
+        start = init_student(recipe, teacher, recipe.hybrid.init, data, Path(folder, "student"), device=_device())
+        student, _ = locate.load(start.uri, _device(), getattr(torch, recipe.teacher.dtype))
+    reader = open_targets(job.uri, job.identity)
+    return check_gradients(job.model, student, job.encoder, rows, size, job.uri, reader, job.identity)
+
+
+def _gradient_table(report: GradientReport) -> str:
+    from matvlm.inspection import table
+
+    rows = [["gradient error", "top", "draws", "mean", "pooled", "summed"]]
+    for error in report.errors:
+        shares = [f"{share:.3%}" for share in (error.mean, error.pooled, error.summed)]
+        rows.append([error.scheme, str(error.top_k), str(error.samples or ""), *shares])
+    place = f"{report.num_samples:,} samples, {report.num_positions:,} positions"
+    return f"{table(rows)}\nof d loss / d logits at the untrained student, on {place}"
+
+
+def _recipe(path: str, changes: Sequence[str]) -> Recipe:
+    return load_recipe(path, [override for text in changes for override in split_overrides(text)])
 
 
 def _convert(options: argparse.Namespace) -> None:

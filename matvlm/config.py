@@ -27,6 +27,8 @@ Layers = Annotated[
 ]
 """A rule or a list, told apart by type first, so that a wrong value is one error and not one per alternative."""
 InitName = Literal["aligned", "paper", "random"]
+Positions = Literal["answer", "text", "all"]
+Scheme = Literal["topk_tail", "topk_sampled"]
 
 
 class RecipeError(ValueError):
@@ -131,9 +133,17 @@ class Hybrid(Section):
 
 
 class Targets(Section):
-    """The sparse teacher targets on disk."""
+    """The sparse teacher targets on disk, and with them the positions at which the student is held against them."""
 
+    positions: Positions = "answer"
+    """``answer``: before each answer token. ``text``: every text token before another one. ``all``: every real token,
+    those of the image included (the paper)."""
+    scheme: Scheme = "topk_tail"
+    """What stands for all tokens but the top-k: one bucket, or draws from them. The bucket's gradient is a little
+    biased and has no noise; the draws' is unbiased and noisy."""
     top_k: Annotated[int, Field(gt=0, le=1024)] = 32
+    samples: Annotated[int, Field(gt=0, le=1024)] = 16
+    """Draws a position; ``topk_sampled`` only."""
     shards: Count = 2
     batch_size: Count = 32
 
@@ -147,19 +157,41 @@ class Schedule(Section):
 
 
 class Loss(Section):
-    """``L = prob * KL(teacher || student) + layer * L_layer + ce * CE(labels)`` (arXiv 2503.13440)."""
+    """``L = prob * divergence + layer * L_layer + ce * CE(labels)`` (arXiv 2503.13440), and two more terms."""
 
     prob: Weight = 1.0
+    """Of the divergence between teacher and student."""
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl"
+    """KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence."""
     layer: Weight = 1.0
-    ce: Weight = 0.0
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    layer_form: Literal["l2", "cosine"] = "l2"
+    """Mean squared difference, or 1 - cosine, of a mixer's output and the attention's."""
     layer_inputs: Literal["teacher_forced", "student_forced"] = "teacher_forced"
     """``teacher_forced`` feeds each mixer the teacher's hidden states (the paper); ``student_forced`` the student's."""
+    ce: Weight = 0.0
+    """Of the cross entropy with the labels."""
+    ce_teacher: Weight = 0.0
+    """Of the cross entropy with the teacher's most likely token."""
+    logits_l2: Weight = 0.0
+    """Of the mean squared difference of the logits; needs ``targets: online``."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides the logits in the divergence; no other term knows it."""
+    targets: Literal["cached", "online"] = "cached"
+    """``cached`` reads the stored top-k; ``online`` runs the whole teacher in every update and reads no store."""
+    scaling: Literal["positions", "paper"] = "positions"
+    """``positions``: every term is a mean over its positions of the whole batch. ``paper``: the sum over positions
+    divided by the samples of the batch alone, as the published code does; so it grows with the length of samples."""
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> Loss:
-        if self.prob == self.layer == self.ce == 0:
-            raise ValueError("at least one of prob, layer and ce must be above 0")
+        if self.prob == self.layer == self.ce == self.ce_teacher == self.logits_l2 == 0:
+            raise ValueError("at least one of prob, layer, ce, ce_teacher and logits_l2 must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_logits_are_there(self) -> Loss:
+        if self.logits_l2 and self.targets == "cached":
+            raise ValueError("logits_l2 needs all logits of the teacher, which no store keeps: set targets: online")
         return self
 
 
@@ -246,6 +278,16 @@ class Recipe(Section):
     profile: Profile = Profile()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _draws_estimate_the_kl(self) -> Recipe:
+        loss = self.distill.loss
+        if self.targets.scheme == "topk_sampled" and loss.targets == "cached" and loss.divergence != "kl":
+            raise ValueError(
+                f"distill.loss.divergence {loss.divergence} cannot be estimated from draws: use kl, targets.scheme "
+                "topk_tail, or distill.loss.targets online"
+            )
+        return self
 
     @model_validator(mode="after")
     def _half_precision_autocasts(self) -> Recipe:

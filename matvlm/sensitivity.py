@@ -83,7 +83,9 @@ def choose_by_sensitivity(
         ValueError: too few samples, or none or all layers would be replaced.
     """
     model, processor = locate.load(teacher.uri, device, getattr(torch, recipe.teacher.dtype))
-    report = measure(recipe, model, Encoder(processor, recipe.data.max_length), teacher.uri, data, reporter)
+    report = measure(
+        recipe, model, Encoder(processor, recipe.data.max_length, recipe.targets.positions), teacher.uri, data, reporter
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REPORT, report.model_dump(mode="json"))
     reporter.artifact(folder / REPORT, "sensitivity")

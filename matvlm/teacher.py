@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matvlm.data.encoding import Batch
 
@@ -17,23 +19,56 @@ if TYPE_CHECKING:
 def kept_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The model's logits at the positions of ``batch.kept``, sample by sample: float32 [P, V].
 
-    The head sees the kept hidden states only, so the full [B, L, V] logits never exist. The model's own forward applies
-    it, which keeps any scaling or soft-capping a family does there. Gradients flow unless the caller switches them off.
+    The head sees the kept hidden states only, so the full [B, L, V] logits never exist. Gradients flow unless the
+    caller switches them off.
     """
-    kept = batch.kept
+    return head(model, kept_hidden(model, batch)).float()
 
-    def keep(_module: torch.nn.Module, _inputs: Any, outputs: Any) -> Any:
-        outputs.last_hidden_state = outputs.last_hidden_state[kept][None]
-        return outputs
 
-    hook = model.base_model.register_forward_hook(keep)
+def kept_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the head is given at the positions of ``batch.kept``: the last hidden states [P, H], sample by sample."""
+    hidden: Tensor = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden[batch.kept]
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The logits [P, V] of last hidden states [P, H], in the type that the head has.
+
+    The model's own forward applies it, with ``hidden`` for the output of what comes before; that keeps any scaling or
+    soft-capping a family does there.
+    """
+    with forward_as(model.base_model, lambda *_args, **_kwargs: _Output(hidden[None])):
+        logits: Tensor = model(use_cache=False).logits
+    return logits[0]
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` computes ``forward`` instead of its own for the length of the block."""
+    attributes = vars(module)
+    before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
     try:
-        return model(**batch.inputs, use_cache=False).logits[0].float()
+        yield
     finally:
-        hook.remove()
+        del attributes["forward"]
+        attributes.update(before)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+class _Output:
+    """A base model's output of which only the hidden states are there; everything else is None."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def fingerprint(model: nn.Module) -> str:
     """sha256 (hex) over the names, types, shapes and values of all weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

@@ -58,7 +58,7 @@ def cells(line: str) -> list[str]:
 def test_help_names_every_command_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "convert", "sync", "evaluate", "profile"):
+    for name in ("inspect", "targets", "convert", "sync", "evaluate", "profile"):
         assert f"\n    {name} " in done.stdout
 
 
@@ -162,6 +162,9 @@ def test_convert_writes_a_folder_that_inspect_and_load_open(
         (["inspect", RECIPE, "--set", "distill.lr=1"], "debug.yaml: distill.lr: unknown key"),
         (["inspect", RECIPE, "--set", "hybrid.layers=[0, 1"], "the value is not valid YAML"),
         (["inspect", RECIPE, "--set", "hybrid.layers=[0, 99]"], "99"),
+        (["targets", "nowhere.yaml"], "nowhere.yaml: cannot read the recipe"),
+        (["targets", RECIPE, "--set", "targets.scheme=topk"], "targets.scheme: Input should be 'topk_tail' or"),
+        (["targets", RECIPE, "--shard", "2"], "shard 2: targets.shards=2 are 0 to 1"),
         (["convert", "{models}/student", "made"], "config.json: model_type is 'matvlm', expected 'tinyllava'"),
         (["convert", "{models}", "made"], "config.json: cannot read: No such file"),
         (["convert", "{models}/student", "{models}"], "not a new or empty local folder; nothing was written"),

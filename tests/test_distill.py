@@ -31,7 +31,7 @@ from matvlm.losses import dense_kl
 from matvlm.models import hybrid, locate
 from matvlm.snapshots import SnapshotError
 from matvlm.storage import StorageError
-from matvlm.targets import TargetError
+from matvlm.targets import TargetError, TargetReader
 
 TINY_DISK_MIB = 2
 
@@ -140,13 +140,46 @@ def test_only_what_is_trained_changes(stage: Stage, whole: tuple[Checkpoint, Kep
     assert changed(stage.run(tmp_path, recipe=stage.but(train_connector=False, max_updates=1))) == mixers
 
 
-@pytest.mark.parametrize("layer_inputs", ["teacher_forced", "student_forced"])
-def test_micro_batches_do_not_matter(stage: Stage, tmp_path: Path, layer_inputs: str) -> None:
+def test_the_teacher_itself_says_what_its_targets_say(
+    stage: Stage, whole: tuple[Checkpoint, Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store holds every token here, so only its float16 is between the two."""
+    monkeypatch.delattr(TargetReader, "lookup")
+    kept = Kept()
+    stage.run(tmp_path, kept, recipe=stage.but(max_updates=1, loss={"targets": "online"}))
+    # Measured: 2e-5 apart (loss_prob), not at all (the others).
+    assert kept.seen[1]["loss_prob"] == pytest.approx(whole[1].seen[1]["loss_prob"], rel=1e-3)
+    for name in ("loss_ce", "loss_layer"):
+        assert kept.seen[1][name] == pytest.approx(whole[1].seen[1][name], rel=1e-5)
+
+
+def test_scaling_of_the_paper(stage: Stage, whole: tuple[Checkpoint, Kept], tmp_path: Path) -> None:
+    kept = Kept()
+    stage.run(tmp_path, kept, recipe=stage.but(max_updates=1, loss={"scaling": "paper"}))
+    batch = batch_of(stage, order(NUM_SAMPLES, 4, stage.recipe.seed, 1))
+    positions, tokens = int(batch.kept.sum()), int(batch.inputs["attention_mask"].sum())
+    assert 4 < positions < tokens
+    for name, count in (("loss_prob", positions), ("loss_ce", positions), ("loss_layer", tokens)):
+        assert kept.seen[1][name] == pytest.approx(whole[1].seen[1][name] * count / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"layer_inputs": "teacher_forced"},
+        {"layer_inputs": "student_forced"},
+        {"divergence": "reverse_kl", "ce_teacher": 0.5, "layer_form": "cosine"},
+        {"divergence": "jsd", "targets": "online", "logits_l2": 0.1, "layer_inputs": "student_forced"},
+        {"divergence": "kl", "targets": "online", "ce_teacher": 0.5, "layer_form": "cosine", "scaling": "paper"},
+    ],
+    ids=lambda loss: ",".join(map(str, loss.values())),
+)
+def test_micro_batches_do_not_matter(stage: Stage, tmp_path: Path, loss: dict[str, Any]) -> None:
     """One update of eight samples, 1 x 8, 2 x 4 and 8 x 1: they are padded and summed differently, no more."""
     found = []
     for size in (8, 4, 1):
         kept = Kept()
-        change = {"batch_size": 8, "micro_batch_size": size, "max_updates": 2, "loss": {"layer_inputs": layer_inputs}}
+        change = {"batch_size": 8, "micro_batch_size": size, "max_updates": 2, "loss": loss}
         checkpoint = stage.run(tmp_path / str(size), kept, recipe=stage.but(**change))
         found.append((load_file(Path(checkpoint.uri) / "model.safetensors"), kept.seen))
     (first, seen), *others = found

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_teacher import TINY, WORDS, Teacher
 
+from matvlm.config import Positions
 from matvlm.data.encoding import IGNORE, Encoder, Sample, TemplateError, TooLong, Turn
 from matvlm.models.small import CHAT_TEMPLATE, SPEAKERS, build_processor, build_tokenizer
 
@@ -116,6 +117,43 @@ def test_kept_positions_are_those_before_answer_tokens(teacher: Teacher, sample:
     rows, positions = batch.kept.nonzero(as_tuple=True)
     assert not batch.kept[:, -1].any()
     assert torch.equal(batch.inputs["input_ids"][rows, positions + 1], batch.labels[batch.labels != IGNORE])
+
+
+@pytest.mark.parametrize("positions", ["text", "all"])
+def test_other_kept_positions(teacher: Teacher, positions: Positions) -> None:
+    encoder = Encoder(teacher.processor, 64, positions)
+    batch = encoder.collate([encoder.encode("a", IMAGE, TURNS[:1]), encoder.encode("b", IMAGE, TURNS)])
+    ids, real = batch.inputs["input_ids"].tolist(), batch.inputs["attention_mask"].tolist()
+    image = teacher.processor.image_token_id
+    for row, kept in enumerate(batch.kept.tolist()):
+        length = sum(real[row])
+        assert length < len(kept) or row == 1, "one sample is padded"
+        text = [position < length and token != image for position, token in enumerate(ids[row])]
+        before_text = [here and there for here, there in zip(text, [*text[1:], False], strict=True)]
+        assert kept == (before_text if positions == "text" else [flag == 1 for flag in real[row]])
+    assert batch.to("meta").kept.device.type == "meta"
+
+
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
+def test_labels_of_kept_positions(teacher: Teacher, positions: Positions) -> None:
+    encoder = Encoder(teacher.processor, 64, positions)
+    batch = encoder.collate([encoder.encode("a", IMAGE, TURNS[:1]), encoder.encode("b", IMAGE, TURNS)])
+    expected = [
+        int(batch.labels[row, position + 1]) if position + 1 < batch.labels.shape[1] else IGNORE
+        for row, position in batch.kept.nonzero().tolist()
+    ]
+    assert batch.kept_labels.tolist() == expected
+    answers = batch.labels[batch.labels != IGNORE]
+    assert torch.equal(batch.kept_labels[batch.kept_labels != IGNORE], answers), "every answer token counts once"
+
+
+def test_text_needs_to_know_the_image_token() -> None:
+    class Plain:
+        tokenizer = build_tokenizer(WORDS)
+
+    assert Encoder(Plain(), positions="all").positions == "all"
+    with pytest.raises(ValueError, match=r"targets\.positions: Plain has no image_token_id.*use answer or all"):
+        Encoder(Plain(), positions="text")
 
 
 def test_padding_changes_no_logits(teacher: Teacher, sample: Sample) -> None:

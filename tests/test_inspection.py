@@ -149,6 +149,11 @@ def test_samples_and_turns_are_the_packages():
         (["data={source: llava, path: a.json, max_samples: 640, max_turns: 3}"], "unknown until data is prepared"),
         (["data.max_samples=400"], "about 400 samples / 64 = 7 an epoch"),
         (["targets.top_k=16"], "66 B per answer token (top 16"),
+        (
+            ["targets.top_k=16", "targets.scheme=topk_sampled"],
+            "98 B per answer token (top 16 and 16 draws from the rest",
+        ),
+        (["targets.positions=all"], "130 B per token (top 32 and one tail bucket), 2 shards; total unknown"),
         (["data={source: llava, path: a.json}"], "total unknown until data is prepared"),
     ],
 )

@@ -188,6 +188,10 @@ def test_a_flipped_byte_is_refused_and_computed_again(teacher: Teacher, tmp_path
         ("max_turns", 1),
         ("top_k", 5),
         ("temperature", 1.0),
+        ("positions", "all"),
+        ("scheme", "topk_sampled"),
+        ("samples", 4),
+        ("seed", 0),
     ],
 )
 def test_another_identity_is_refused_with_its_field(finished: Path, teacher: Teacher, field: str, value: Any) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_distill import REPLACED, Stage, batch_of, is_mixers, make_stage
+from tiny_families import FAMILIES
 from torch import Tensor
 
 from matvlm.data.encoding import Batch
 from matvlm.distill.trunk import SharedTrunk
+from matvlm.init import convert_
 from matvlm.models import hybrid, locate
-from matvlm.teacher import fingerprint, kept_logits
+from matvlm.teacher import fingerprint, head, kept_hidden, kept_logits
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,76 @@ def test_student_forced_layer_loss_by_hand(stage: Stage) -> None:
     trained = hybrid.trained_parameters(trunk.student, train_connector=True)
     assert all(parameter.grad is not None for parameter in trained.values()), "layer 0 sees what the connector makes"
     assert all(parameter.grad is None for parameter in trunk.attentions[0].parameters())
+
+
+def test_cosine_layer_loss_by_hand(stage: Stage) -> None:
+    trunk, teacher = shaken_trunk(stage)
+    batch = batch_of(stage, [0, 1, 2])
+    real = batch.inputs["attention_mask"].bool()
+    with torch.no_grad():
+        found = float(trunk.layer_loss(batch, "teacher_forced", "cosine").value())
+        calls, mixers = attention_calls(teacher, batch), hybrid.mixers(trunk.student)
+        expected = 0.0
+        for index in REPLACED:
+            mine, wanted = mixers[index](**calls[index][0])[0][real], calls[index][1][real]
+            expected += float((1 - (mine * wanted).sum(-1) / mine.norm(dim=-1) / wanted.norm(dim=-1)).sum())
+    assert found == pytest.approx(expected / len(REPLACED), rel=1e-5)
+    assert expected > 0.1
+
+
+@torch.no_grad()
+def test_one_pass_of_the_teacher_serves_logits_and_layers(stage: Stage) -> None:
+    trunk, teacher = shaken_trunk(stage)
+    batch = batch_of(stage, [0, 1, 2])
+    hidden, seen = trunk.run_teacher(batch, watched=True)
+    assert torch.equal(head(trunk.student, hidden), kept_logits(teacher, batch))
+    expected = attention_calls(teacher, batch)
+    assert seen is not None
+    assert sorted(seen) == REPLACED
+    for index, shown in seen.items():
+        assert torch.equal(shown.hidden, expected[index][0]["hidden_states"])
+        assert torch.equal(shown.output, expected[index][1])
+    calls: list[int] = []
+    trunk.student.base_model.register_forward_pre_hook(lambda *_args: calls.append(0))
+    by_itself = trunk.layer_loss(batch, "teacher_forced").value()
+    assert len(calls) == 1
+    assert torch.equal(trunk.layer_loss(batch, "teacher_forced", seen=seen).value(), by_itself)
+    assert len(calls) == 1, "the teacher does not run again"
+    assert torch.equal(trunk.run_teacher(batch, watched=False)[0], hidden)
+    assert trunk.run_teacher(batch, watched=False)[1] is None
+
+
+def test_the_vision_tower_runs_once_for_both(stage: Stage) -> None:
+    trunk, _ = shaken_trunk(stage)
+    batch, other = batch_of(stage, [0, 1]), batch_of(stage, [2, 3])
+    apart = [trunk.run_teacher(batch, watched=False)[0], kept_hidden(trunk.student, batch)]
+    tower: Any = trunk.tower
+    calls: list[int] = []
+    own = tower.forward
+    tower.encoder.register_forward_pre_hook(lambda *_args: calls.append(0))
+    with trunk.shared_vision():
+        shared = [trunk.run_teacher(batch, watched=False)[0], kept_hidden(trunk.student, batch)]
+        assert len(calls) == 1
+        kept_hidden(trunk.student, other)
+        assert len(calls) == 2, "other images are looked at"
+        same_images = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].clone()}
+        assert torch.equal(kept_hidden(trunk.student, Batch(batch.ids, same_images, batch.labels)), shared[1])
+        assert len(calls) == 2
+    assert all(torch.equal(one, two) for one, two in zip(apart, shared, strict=True))
+    assert shared[1].requires_grad, "the student's connector is trained"
+    kept_hidden(trunk.student, batch)
+    assert len(calls) == 3, "nothing is remembered"
+    assert tower.forward == own
+
+
+def test_a_tower_that_holds_the_connector_is_not_shared() -> None:
+    teacher, student = (FAMILIES["qwen2_vl"].build() for _ in range(2))
+    convert_(student, [0, 2], "paper", seed=0)
+    trunk = SharedTrunk(student, teacher)
+    assert trunk.connector is not None
+    assert trunk.tower is None
+    with trunk.shared_vision():
+        pass
 
 
 def test_the_teacher_runs_no_further_than_needed(stage: Stage) -> None:

@@ -120,7 +120,7 @@ class Kept(Reporter):
         self.computed: list[int] = []
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        timeless = {"lr", "grad_norm", "loss", "loss_prob", "loss_layer", "loss_ce"}
+        timeless = {name for name in values if name.startswith("loss")} | {"lr", "grad_norm"}
         self.computed += [step] if "samples_per_second" in values else []
         self.seen[step] = {name: value for name, value in values.items() if name in timeless}
         if step == self.at:

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from matvlm.config import Positions
+
 IGNORE = -100
 REMEMBERED = 10_000
 """Tokenised conversations kept by an encoder, at some 10 kB each for long ones."""
@@ -55,26 +57,52 @@ class Batch:
     ids: list[str]
     inputs: dict[str, Tensor]
     labels: Tensor
+    chosen: Tensor | None = None
+    """bool [B, L]: the positions to keep; None keeps those before answer tokens."""
 
     @property
     def kept(self) -> Tensor:
-        """bool [B, L]: positions whose next token is an answer token, that is where a loss is taken."""
-        kept = torch.zeros_like(self.labels, dtype=torch.bool)
-        kept[:, :-1] = self.labels[:, 1:] != IGNORE
-        return kept
+        """bool [B, L]: positions at which student and teacher are compared, as the encoder's ``positions`` say."""
+        return self._before_answers() if self.chosen is None else self.chosen
+
+    @property
+    def kept_labels(self) -> Tensor:
+        """int64 [P]: the label of the token after each kept position, ``IGNORE`` where that is no answer token."""
+        following = torch.full_like(self.labels, IGNORE)
+        following[:, :-1] = self.labels[:, 1:]
+        return following[self.kept]
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
+        chosen = None if self.chosen is None else self.chosen.to(device, non_blocking=True)
+        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True), chosen)
+
+    def _before_answers(self) -> Tensor:
+        kept = torch.zeros_like(self.labels, dtype=torch.bool)
+        kept[:, :-1] = self.labels[:, 1:] != IGNORE
+        return kept
 
 
 class Encoder:
     """Encodes conversations about one image with a Hugging Face ``processor`` that has a chat template."""
 
-    def __init__(self, processor: Any, max_length: int = 2048):
+    def __init__(self, processor: Any, max_length: int = 2048, positions: Positions = "answer"):
+        """``positions`` become ``Batch.kept``: those before an ``answer`` token, those of a ``text`` token before
+        another one (no image token on either side), or ``all`` real tokens.
+
+        Raises:
+            ValueError: ``positions`` is ``text`` and the processor does not say which token stands for an image.
+        """
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
+        self.positions = positions
+        self.image_token = getattr(processor, "image_token_id", None)
+        if positions == "text" and self.image_token is None:
+            raise ValueError(
+                f"targets.positions: {type(processor).__name__} has no image_token_id, so text cannot be told from the "
+                "image; use answer or all"
+            )
         self._segments = lru_cache(maxsize=REMEMBERED)(self._split)
 
     def prompt(self, question: str) -> str:
@@ -110,7 +138,18 @@ class Encoder:
         lengths = torch.tensor([len(s.input_ids) for s in samples])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         images = {name: torch.cat([s.image_inputs[name] for s in samples]) for name in samples[0].image_inputs}
-        return Batch([s.id for s in samples], {"input_ids": ids, "attention_mask": mask, **images}, labels)
+        inputs = {"input_ids": ids, "attention_mask": mask, **images}
+        return Batch([s.id for s in samples], inputs, labels, self._chosen(ids, mask.bool()))
+
+    def _chosen(self, ids: Tensor, real: Tensor) -> Tensor | None:
+        if self.positions == "answer":
+            return None
+        if self.positions == "all":
+            return real
+        text = real & (ids != self.image_token)
+        chosen = torch.zeros_like(text)
+        chosen[:, :-1] = text[:, :-1] & text[:, 1:]
+        return chosen
 
     def _split(self, turns: tuple[Turn, ...]) -> tuple[str, list[tuple[list[int], list[int]]]]:
         """The first prompt as text, and per turn the token ids of (prompt after the first, answer)."""

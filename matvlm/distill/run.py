@@ -18,12 +18,12 @@ from matvlm.config import Recipe
 from matvlm.data.encoding import Batch, Encoder
 from matvlm.data.prepare import encode_rows
 from matvlm.distill.engine import make_engine
+from matvlm.distill.objective import Cached, Divisors, Online, TeacherSide, logit_losses
 from matvlm.distill.schedule import learning_rate, order
-from matvlm.distill.trunk import SharedTrunk
-from matvlm.losses import cross_entropy_sum, sparse_kl
+from matvlm.distill.trunk import LayerLoss, SharedTrunk
 from matvlm.models import hybrid, locate
 from matvlm.targets import TargetReader
-from matvlm.teacher import kept_logits
+from matvlm.teacher import kept_hidden
 
 
 class DistillError(RuntimeError):
@@ -60,7 +60,7 @@ class Run:
         """
         self.recipe, self.device, self.student = recipe, device, student
         self.dataset, self.targets = dataset, targets
-        self.encoder = Encoder(processor, recipe.data.max_length)
+        self.encoder = Encoder(processor, recipe.data.max_length, recipe.targets.positions)
         self.trunk = SharedTrunk(student, teacher)
         for mixer in hybrid.mixers(student).values():
             mixer.kernels = recipe.hybrid.kernels
@@ -80,12 +80,11 @@ class Run:
         settings = self.recipe.distill
         rows = order(len(self.dataset), settings.batch_size, self.recipe.seed, update)
         batches = list(self._micro_batches(rows))
-        kept = sum(int(batch.kept.sum()) for batch in batches)
+        divisors = Divisors.of(batches, settings.loss.scaling)
         tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
         sums = {"loss": 0.0}
         for number, batch in enumerate(batches, start=1):
-            terms = self._losses(batch, kept, tokens)
-            loss = torch.stack(list(terms.values())).sum()
+            loss, terms = self._losses(batch, divisors)
             _check_finite("the loss", float(loss.detach()), update, batch.ids)
             self.engine.backward(loss, last=number == len(batches))
             for name, value in {"loss": loss, **terms}.items():
@@ -102,28 +101,41 @@ class Run:
             chosen = (self.dataset[row] for row in rows[start : start + size])
             yield encode_rows(self.encoder, chosen).to(self.device)
 
-    def _losses(self, batch: Batch, kept: int, tokens: int) -> dict[str, Tensor]:
-        """The weighted loss terms of a micro-batch, each divided by its count over the whole batch.
-
-        ``loss_prob`` and ``loss_ce`` are per kept position, ``loss_layer`` per real token.
-        """
+    def _losses(self, batch: Batch, divisors: Divisors) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of a micro-batch, divided by counts over the whole batch; and its terms, no gradient."""
         settings = self.recipe.distill.loss
-        terms = {}
-        layer_loss = self.trunk.layer_loss(batch, settings.layer_inputs) if settings.layer else None
-        with self._autocast():
-            if settings.prob or settings.ce or settings.layer_inputs == "student_forced":
+        compared = bool(settings.prob or settings.ce_teacher or settings.logits_l2)
+        parts: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
+        with self._autocast(), self.trunk.shared_vision():
+            layer_loss, teacher = self._teacher_side(batch, compared)
+            if compared or settings.ce or settings.layer_inputs == "student_forced":
                 with layer_loss or nullcontext():
-                    logits = kept_logits(self.student, batch)
-            if settings.prob:
-                token_ids, logprobs, tail = (values.to(self.device) for values in self.targets.lookup(batch.ids))
-                divergence = sparse_kl(logits, token_ids, logprobs, tail, settings.temperature)
-                terms["loss_prob"] = settings.prob * divergence / kept
-            if settings.ce:
-                labels = batch.labels[:, 1:][batch.kept[:, :-1]]
-                terms["loss_ce"] = settings.ce * cross_entropy_sum(logits, labels) / kept
+                    hidden = kept_hidden(self.student, batch)
+            if compared or settings.ce:
+                loss, terms = logit_losses(settings, self.student, hidden, batch.kept_labels, teacher, divisors)
+                parts.append(loss)
             if layer_loss:
-                terms["loss_layer"] = settings.layer * layer_loss.value() / tokens
-        return terms
+                parts.append(settings.layer * layer_loss.value() / divisors.tokens)
+                terms["loss_layer"] = parts[-1].detach()
+        return torch.stack(parts).sum(), terms
+
+    def _teacher_side(self, batch: Batch, compared: bool) -> tuple[LayerLoss | None, TeacherSide | None]:
+        """The layer loss, and what logits are ``compared`` with. Online, one pass of the teacher serves both."""
+        settings = self.recipe.distill.loss
+        teacher: TeacherSide | None = None
+        seen = None
+        if compared and settings.targets == "online":
+            watched = settings.layer > 0 and settings.layer_inputs == "teacher_forced"
+            hidden, seen = self.trunk.run_teacher(batch, watched)
+            teacher = Online(self.student, hidden)
+        elif compared:
+            drawn = self.targets.draws(batch.ids)
+            token_ids, logprobs, tail = (values.to(self.device) for values in self.targets.lookup(batch.ids))
+            teacher = Cached(token_ids, logprobs, tail, None if drawn is None else drawn.to(self.device))
+        if not settings.layer:
+            return None, teacher
+        return self.trunk.layer_loss(batch, settings.layer_inputs, settings.layer_form, seen), teacher
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.recipe.distill.autocast == "off":

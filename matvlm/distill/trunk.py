@@ -7,7 +7,7 @@ back for the length of a ``with`` block; so one copy of the frozen weights serve
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from matvlm.data.encoding import Batch
-from matvlm.losses import layer_l2
+from matvlm.losses import layer_cosine, layer_l2
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
-from matvlm.models.watch import watch
+from matvlm.models.watch import Seen, watch
+from matvlm.teacher import forward_as, kept_hidden
+
+DISTANCES = {"l2": layer_l2, "cosine": layer_cosine}
 
 
 class SharedTrunk:
@@ -40,6 +43,7 @@ class SharedTrunk:
         }
         connector = find_connector(teacher)
         self.connector = None if connector is None else copy.deepcopy(connector).requires_grad_(False)
+        self.tower = _vision_tower(student)
         self._check_shared(teacher.state_dict())
 
     def _check_shared(self, expected: dict[str, Tensor]) -> None:
@@ -49,9 +53,64 @@ class SharedTrunk:
             if name not in found or name not in expected or not torch.equal(found[name], expected[name]):
                 raise ValueError(f"the student was not made from this teacher: {name} differs, which is never trained")
 
-    def layer_loss(self, batch: Batch, layer_inputs: str) -> LayerLoss:
-        """The layer loss of ``batch``, taken as ``recipe.distill.loss.layer_inputs`` says; see ``LayerLoss``."""
-        return TeacherForced(self, batch) if layer_inputs == "teacher_forced" else StudentForced(self, batch)
+    def layer_loss(
+        self, batch: Batch, layer_inputs: str, form: str = "l2", seen: Mapping[int, Seen] | None = None
+    ) -> LayerLoss:
+        """The layer loss of ``batch``; see ``LayerLoss``.
+
+        Args:
+            layer_inputs, form: as ``recipe.distill.loss.layer_inputs`` and ``layer_form`` have them.
+            seen: what ``run_teacher`` saw, if it has run already; used by ``teacher_forced`` only.
+        """
+        if layer_inputs == "teacher_forced":
+            return TeacherForced(self, batch, form, seen)
+        return StudentForced(self, batch, form)
+
+    @torch.no_grad()
+    def run_teacher(self, batch: Batch, watched: bool) -> tuple[Tensor, dict[int, Seen] | None]:
+        """The whole teacher, once and without its head.
+
+        Returns:
+            Its last hidden states at the kept positions, [P, H]; and what its replaced attentions were given and gave,
+            if they are ``watched``.
+        """
+        seen: dict[int, Seen] = {}
+
+        def remember(index: int, kwargs: dict[str, Any], output: Any) -> None:
+            seen[index] = Seen(kwargs.pop("hidden_states"), kwargs, output[0])
+
+        with self.as_teacher() as teacher:
+            hooks = [_watch(module, index, remember) for index, module in self.attentions.items() if watched]
+            try:
+                hidden = kept_hidden(teacher, batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return hidden, seen if watched else None
+
+    @contextmanager
+    def shared_vision(self) -> Iterator[None]:
+        """Inside, the vision tower answers the same images with what it answered first: once for teacher and student.
+
+        Exact, as the tower is frozen and the same for both. A tower that has the connector inside runs for each.
+        """
+        if self.tower is None:
+            yield
+            return
+        compute: Any = self.tower.forward
+        known: list[tuple[list[Any], Any]] = []
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            given = [*args, *kwargs, *kwargs.values()]
+            for past, output in known:
+                if len(past) == len(given) and all(map(_same, past, given)):
+                    return output
+            output = compute(*args, **kwargs)
+            known.append((given, output))
+            return output
+
+        with forward_as(self.tower, remembered):
+            yield
 
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
@@ -71,13 +130,14 @@ class SharedTrunk:
 
 
 class LayerLoss:
-    """``sum over replaced layers and real positions of mean_H (mixer - attention)^2``, divided by the layers.
+    """The sum of ``layer_l2`` or ``layer_cosine`` over real positions, mean over replaced layers: mixer to attention.
 
     Use it around the student's forward pass; afterwards ``value()`` is the sum, a float32 scalar with gradient.
     """
 
-    def __init__(self, trunk: SharedTrunk, batch: Batch):
+    def __init__(self, trunk: SharedTrunk, batch: Batch, form: str):
         self.trunk, self.batch = trunk, batch
+        self.distance = DISTANCES[form]
         self.mask = batch.inputs["attention_mask"].bool()
 
     def __enter__(self) -> LayerLoss:
@@ -96,16 +156,23 @@ class LayerLoss:
 class TeacherForced(LayerLoss):
     """The paper's: each mixer is fed the hidden state that the teacher's attention saw.
 
-    The teacher runs once, without gradient, and stops behind its last replaced attention; it has no head.
+    Unless it has been ``seen`` already, the teacher runs once, without gradient, and stops behind its last replaced
+    attention; it has no head.
     """
 
+    def __init__(self, trunk: SharedTrunk, batch: Batch, form: str, seen: Mapping[int, Seen] | None = None):
+        super().__init__(trunk, batch, form)
+        self.seen = seen
+
     def value(self) -> Tensor:
-        with self.trunk.as_teacher() as teacher:
-            seen = watch(teacher, self.trunk.attentions, self.batch.inputs)
+        seen = self.seen
+        if seen is None:
+            with self.trunk.as_teacher() as teacher:
+                seen = watch(teacher, self.trunk.attentions, self.batch.inputs)
         sums = []
         for index, shown in seen.items():
             output, _ = mixers(self.trunk.student)[index](hidden_states=shown.hidden, **shown.kwargs)
-            sums.append(layer_l2(output, shown.output, self.mask))
+            sums.append(self.distance(output, shown.output, self.mask))
         return self._mean(sums)
 
 
@@ -127,7 +194,7 @@ class StudentForced(LayerLoss):
     def _compare(self, index: int, kwargs: dict[str, Any], output: Any) -> None:
         with torch.no_grad():
             expected = self.trunk.attentions[index](**kwargs)[0]
-        self.sums.append(layer_l2(output[0], expected, self.mask))
+        self.sums.append(self.distance(output[0], expected, self.mask))
 
 
 def _watch(module: nn.Module, index: int, call: Any) -> Any:
@@ -137,6 +204,22 @@ def _watch(module: nn.Module, index: int, call: Any) -> Any:
         call(index, dict(kwargs), output)
 
     return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _vision_tower(model: PreTrainedModel) -> nn.Module | None:
+    """What turns images into features before the connector; None for a text model or where both are one module."""
+    tower: nn.Module = model.get_encoder(modality="image")
+    connector = find_connector(model)
+    if tower in (model, model.base_model) or any(module is connector for module in tower.modules()):
+        return None
+    return tower
+
+
+def _same(past: Any, now: Any) -> bool:
+    """Whether two arguments are equal beyond doubt."""
+    if isinstance(past, Tensor) and isinstance(now, Tensor):
+        return past is now or (past.dtype == now.dtype and torch.equal(past, now))
+    return past is now or (isinstance(past, bool | int | str) and bool(past == now))
 
 
 def _swap_connector(model: PreTrainedModel, present: nn.Module | None, wanted: nn.Module | None) -> None:

@@ -173,9 +173,12 @@ def _updates(recipe: Recipe, samples: int | None) -> str:
 
 def _targets(settings: Targets, vocabulary: int | None, turns: int | None) -> str:
     id_bytes = 4 if vocabulary is None or vocabulary > 2**16 else 2
-    per_token = settings.top_k * (id_bytes + 2) + 2
-    text = f"{per_token} B per answer token (top {settings.top_k} and one tail bucket), {settings.shards} shards"
-    if turns is None:
+    sampled = settings.scheme == "topk_sampled"
+    per_token = settings.top_k * (id_bytes + 2) + 2 + (settings.samples * id_bytes if sampled else 0)
+    rest = f"{settings.samples} draws from the rest" if sampled else "one tail bucket"
+    where = {"answer": "answer token", "text": "text token", "all": "token"}[settings.positions]
+    text = f"{per_token} B per {where} (top {settings.top_k} and {rest}), {settings.shards} shards"
+    if turns is None or settings.positions != "answer":
         return f"{text}; total unknown until data is prepared"
     return (
         f"{text}: about {size_text(turns * ANSWER_TOKENS * per_token)} for {turns:,} answers of {ANSWER_TOKENS} tokens"

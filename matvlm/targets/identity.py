@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any
 
 from matvlm.artifacts import Artifact, DataManifest
-from matvlm.config import Recipe
+from matvlm.config import Positions, Recipe, Scheme
 
 
 class TargetError(ValueError):
@@ -27,25 +27,34 @@ class Identity(Artifact):
     max_turns: int | None
     top_k: int
     temperature: float
-    positions: Literal["answer"] = "answer"
-    scheme: Literal["topk_tail"] = "topk_tail"
+    positions: Positions = "answer"
+    scheme: Scheme = "topk_tail"
+    samples: int | None = None
+    """Draws a position, and the ``seed`` that decides them with a sample's id; None for a scheme without draws."""
+    seed: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, data: DataManifest, processor: Any, teacher: str) -> Identity:
         """The identity of the store that ``recipe`` needs; ``teacher`` is the fingerprint of its weights."""
+        settings = recipe.targets
+        draws = {"samples": settings.samples, "seed": recipe.seed} if settings.scheme == "topk_sampled" else {}
         return cls(
             teacher=teacher,
             data=data.fingerprint,
             template=_template_hash(processor),
             max_length=recipe.data.max_length,
             max_turns=recipe.data.max_turns,
-            top_k=recipe.targets.top_k,
+            top_k=settings.top_k,
             temperature=recipe.distill.loss.temperature,
+            positions=settings.positions,
+            scheme=settings.scheme,
+            **draws,
         )
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        unused = {"samples", "seed"} if self.scheme == "topk_tail" else None
+        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()
 
     def differences(self, run: Identity) -> str:
         """``field: store has X, run has Y`` for every field in which this store's identity differs from ``run``'s."""

@@ -21,17 +21,20 @@ from matvlm.targets.identity import Identity, TargetError, refuse_other
 
 log = logging.getLogger(__name__)
 
-_TENSORS = ("ids", "offsets", "token_ids", "logprobs", "tail")
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
 
 class SampleTargets(NamedTuple):
-    """One sample's targets: ``token_ids`` int64 [p, k], ``logprobs`` float32 [p, k], ``tail`` float32 [p]."""
+    """One sample's targets: ``token_ids`` int64 [p, k], ``logprobs`` float32 [p, k], ``tail`` float32 [p].
+
+    ``sampled_ids`` int64 [p, S] are draws from the tail, for the scheme that has them.
+    """
 
     id: str
     token_ids: Tensor
     logprobs: Tensor
     tail: Tensor
+    sampled_ids: Tensor | None = None
 
 
 class Shard(Artifact):
@@ -66,13 +69,16 @@ def write_shard(
     ids = [sample.id for sample in compact]
     refuse_duplicates(ids, uri)
     token_ids = _concatenate([sample.token_ids for sample in compact], torch.int32)
+    drawn = [sample.sampled_ids for sample in compact if sample.sampled_ids is not None]
     tensors = {
         "ids": torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8),
         "offsets": torch.tensor([0, *(len(sample.tail) for sample in compact)]).cumsum(0),
-        "token_ids": token_ids if (token_ids >= 2**16).any() else token_ids.to(torch.uint16),
+        "token_ids": _narrow(token_ids),
         "logprobs": _concatenate([sample.logprobs for sample in compact], torch.float16),
         "tail": _concatenate([sample.tail for sample in compact], torch.float16),
     }
+    if drawn:
+        tensors["sampled_ids"] = _narrow(torch.cat(drawn))
     content = save(tensors)
     name = shard_name(shard_index, num_shards)
     shard = Shard(
@@ -127,7 +133,7 @@ def open_shard(uri: str, shard: Shard) -> dict[str, Tensor]:
     if sha256_file(path) != shard.sha256:
         raise TargetError(f"{where}: the shard is damaged (wrong sha256); run teacher_targets again")
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in _TENSORS}
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -154,7 +160,12 @@ def _compact(sample: SampleTargets, uri: str) -> SampleTargets:
         raise TargetError(
             f"{uri}: the teacher's output for sample {sample.id!r} is not a number; try teacher.dtype=float32"
         )
-    return SampleTargets(sample.id, sample.token_ids.int(), sample.logprobs.half(), sample.tail.half())
+    drawn = None if sample.sampled_ids is None else sample.sampled_ids.int()
+    return SampleTargets(sample.id, sample.token_ids.int(), sample.logprobs.half(), sample.tail.half(), drawn)
+
+
+def _narrow(token_ids: Tensor) -> Tensor:
+    return token_ids if (token_ids >= 2**16).any() else token_ids.to(torch.uint16)
 
 
 def _concatenate(parts: list[Tensor], dtype: torch.dtype) -> Tensor:

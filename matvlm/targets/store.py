@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from matvlm.artifacts import Artifact, TargetStore
+from matvlm.losses import sampled_kl, sparse_kl
 from matvlm.reporting import Reporter
 from matvlm.storage import exists, join, write_json
 from matvlm.targets.identity import Identity, TargetError, refuse_other
@@ -75,15 +76,24 @@ def join_shards(uri: str, num_shards: int, identity: Identity, reporter: Reporte
     )
 
 
+def read_manifest(uri: str) -> StoreManifest:
+    """What the store at ``uri`` says of itself.
+
+    Raises:
+        TargetError: no finished store is there.
+    """
+    if not exists(join(uri, MANIFEST)):
+        raise TargetError(f"{uri}: no finished target store: {MANIFEST} is missing; run teacher_targets first")
+    return read_checked(join(uri, MANIFEST), StoreManifest)
+
+
 def open_targets(uri: str, expected: Identity | None = None) -> TargetReader:
     """Open the store at ``uri``, every checksum verified once.
 
     Raises:
         TargetError: no finished store there, a damaged shard, or an identity other than ``expected``.
     """
-    if not exists(join(uri, MANIFEST)):
-        raise TargetError(f"{uri}: no finished target store: {MANIFEST} is missing; run teacher_targets first")
-    manifest = read_checked(join(uri, MANIFEST), StoreManifest)
+    manifest = read_manifest(uri)
     if expected is not None:
         refuse_other(manifest.identity, expected, uri)
     return TargetReader(uri, manifest.shards)
@@ -95,6 +105,7 @@ class TargetReader:
     def __init__(self, uri: str, shards: Sequence[Shard]):
         self.uri = uri
         self._shards = [open_shard(uri, shard) for shard in shards]
+        self._sampled = any("sampled_ids" in tensors for tensors in self._shards)
         self._offsets = [tensors["offsets"].tolist() for tensors in self._shards]
         ids = [json.loads(tensors["ids"].numpy().tobytes()) for tensors in self._shards]
         refuse_duplicates([id for of_shard in ids for id in of_shard], uri)
@@ -124,17 +135,43 @@ class TargetReader:
         Raises:
             TargetError: the store has no such sample.
         """
-        places = [self._find(sample_id) for sample_id in sample_ids]
-        token_ids, logprobs, tail = (
-            torch.cat([self._shards[shard][name][start:stop].to(dtype) for shard, start, stop in places])
-            for name, dtype in (("token_ids", torch.int64), ("logprobs", torch.float32), ("tail", torch.float32))
-        )
+        token_ids = self._rows("token_ids", sample_ids, torch.int64)
+        logprobs, tail = (self._rows(name, sample_ids, torch.float32) for name in ("logprobs", "tail"))
         total = torch.logaddexp(logprobs.logsumexp(-1), tail)
         return token_ids, logprobs - total[:, None], tail - total
+
+    def draws(self, sample_ids: Sequence[str]) -> Tensor | None:
+        """The tokens drawn from the tails of several samples, int64 [P, S]; None if the store's scheme draws none.
+
+        Raises:
+            TargetError: the store has no such sample.
+        """
+        return self._rows("sampled_ids", sample_ids, torch.int64) if self._sampled else None
+
+    def kl(self, logits: Tensor, sample_ids: Sequence[str], temperature: float = 1.0) -> Tensor:
+        """KL(teacher || student) of several samples, summed over positions, by the loss of the store's scheme.
+
+        Args:
+            logits: the student's [P, V] at the samples' kept positions, on any device.
+            temperature: the store's own.
+
+        Raises:
+            TargetError: the store has no such sample.
+            ValueError: ``logits`` are of other positions.
+        """
+        token_ids, logprobs, tail = (values.to(logits.device) for values in self.lookup(sample_ids))
+        drawn = self.draws(sample_ids)
+        if drawn is None:
+            return sparse_kl(logits, token_ids, logprobs, tail, temperature)
+        return sampled_kl(logits, token_ids, logprobs, drawn.to(logits.device), tail, temperature)
 
     def kept_mass(self) -> np.ndarray:
         """The probability of the top-k at every position of the store, float32."""
         return -np.expm1(np.concatenate([tensors["tail"].float().numpy() for tensors in self._shards]))
+
+    def _rows(self, name: str, sample_ids: Sequence[str], dtype: torch.dtype) -> Tensor:
+        places = [self._find(sample_id) for sample_id in sample_ids]
+        return torch.cat([self._shards[shard][name][start:stop].to(dtype) for shard, start, stop in places])
 
     def _find(self, sample_id: str) -> tuple[int, int, int]:
         try:
