@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if options.name in ("targets", "convert", "evaluate", "profile"):
+            _hide_loading_bars()
         options.command(options)
     except (ValueError, StorageError, TrackingError) as error:
         print(f"matvlm {options.name}: {error}", file=sys.stderr)
@@ -107,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--repeats", type=_count, default=defaults.repeats, metavar="N", help="default: %(default)s")
     command.add_argument("--out", type=Path, metavar="FILE", help="also write every figure to this JSON file")
     return parser
+
+
+def _hide_loading_bars() -> None:
+    """transformers' own bars for weights that are on the disk already; a download still shows its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _inspect(options: argparse.Namespace) -> None:

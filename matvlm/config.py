@@ -149,11 +149,20 @@ class Targets(Section):
 
 
 class Schedule(Section):
-    """Warmup-stable-decay: linear up, constant, linear down to ``final_lr_share``."""
+    """The learning rate: linear up in ``warmup_updates``, at the end ``final_lr_share`` of its peak."""
 
+    shape: Literal["wsd", "cosine"] = "wsd"
+    """After the warm-up. ``wsd``: constant, then linear down. ``cosine``: half a cosine down."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     decay_updates: Annotated[int, Field(ge=0)] = 0
+    """Of ``wsd``; with 0 the rate stays at its peak."""
     final_lr_share: Share = 0.0
+
+    @model_validator(mode="after")
+    def _cosine_has_no_decay(self) -> Schedule:
+        if self.shape == "cosine" and self.decay_updates:
+            raise ValueError("shape 'cosine' decays from the warm-up on: remove decay_updates, or use shape 'wsd'")
+        return self
 
 
 class Loss(Section):
@@ -217,6 +226,8 @@ class Distill(Section):
     schedule: Schedule = Schedule()
     deepspeed: DeepSpeed = DeepSpeed()
     autocast: Literal["off", "bfloat16"] = "off"
+    max_skipped_updates: Annotated[int, Field(ge=0)] = 10
+    """Updates with a loss or gradient that is not finite are skipped and counted; one more than this stops the run."""
     checkpoint_every_updates: Count = 100
     keep_checkpoints: Count = 2
     log_every_updates: Count = 10

@@ -77,6 +77,12 @@ BAD = {
     "compare with itself": ("hybrid: {init: paper, compare_inits: [paper]}", "hybrid", "compare_inits"),
     "uneven batches": ("distill: {batch_size: 10, micro_batch_size: 4}", "distill", "multiple of micro_batch_size 4"),
     "nothing learnt": ("distill: {loss: {prob: 0, layer: 0, ce: 0}}", "distill.loss", "above 0"),
+    "cosine that also decays": (
+        "distill: {schedule: {shape: cosine, decay_updates: 5}}",
+        "distill.schedule",
+        "remove decay_updates, or use shape 'wsd'",
+    ),
+    "fewer than no skips": ("distill: {max_skipped_updates: -1}", "distill.max_skipped_updates", "got -1"),
     "llava without path": ("data: {source: llava}", "data", "needs path"),
     "easyvqa with path": ("data: {path: a.json}", "data", "remove path"),
     "half precision alone": ("teacher: {dtype: bfloat16}", "recipe", "bfloat16 needs distill.autocast: bfloat16"),

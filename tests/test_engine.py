@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -59,12 +62,16 @@ def micro_batches(update: int) -> list[Tensor]:
     return list(torch.randn(2 * MICRO_BATCHES, 8, generator=generator).split(2))
 
 
-def train(engine: Any, model: Model, updates: range) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each update."""
+def train(
+    engine: Any, model: Model, updates: Iterable[int], broken: Mapping[int, tuple[int, float]] = MappingProxyType({})
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each update; ``broken`` ones have one input (micro-batch, factor) multiplied."""
     seen = []
     for update in updates:
         total = 0.0
+        chosen, factor = broken.get(update, (0, 1.0))
         for number, x in enumerate(micro_batches(update), start=1):
+            x = x * factor if number == chosen else x
             loss = (model(x) - x.sum(1, keepdim=True)).square().sum() / 4
             engine.backward(loss, last=number == MICRO_BATCHES)
             total += float(loss.detach())
@@ -143,6 +150,21 @@ def test_the_state_before_the_first_update_is_a_start() -> None:
     assert train(engine, model, range(3)) == train(again, other, range(3))
 
 
+BROKEN = {0: (1, math.nan), 2: (1, math.inf), 3: (2, math.nan)}
+"""The first update, where no moment is there yet, and two in a row; in the first and in the last micro-batch."""
+
+
+def test_a_skipped_update_leaves_no_trace() -> None:
+    engine, model = start()
+    seen = train(engine, model, range(5), BROKEN)
+    assert not any(math.isfinite(seen[update][1]) for update in BROKEN)
+    other, clean = start()
+    assert [seen[1], seen[4]] == train(other, clean, [1, 4])
+    for name, value in flat(engine.state()).items():
+        assert torch.equal(value, flat(other.state())[name]), name
+    assert float(engine.state()["inner"]["step"]) == 2
+
+
 def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = Model().trained()
     assert isinstance(make_engine(parameters, settings("torch"), "cuda"), TorchEngine)
@@ -159,6 +181,13 @@ def deepspeed_side(folder: Path) -> None:
     given = torch.load(folder / "torch.pt", weights_only=True)
     found: dict[str, Any] = {}
     for stage in (1, 2):
+        engine, model = start("deepspeed", stage)
+        skipped = train(engine, model, [0], BROKEN)
+        found[f"first{stage}"] = {"state": engine.state()}
+        skipped += train(engine, model, range(1, 5), BROKEN)
+        found[f"skipped{stage}"] = {"seen": skipped, "state": engine.state()}
+        engine, model = start("deepspeed", stage)
+        found[f"clean{stage}"] = {"seen": train(engine, model, [1, 4]), "state": engine.state()}
         engine, model = start("deepspeed", stage)
         found[f"fresh{stage}"] = {"seen": train(engine, model, range(3)), "state": engine.state()}
         found[f"fresh{stage}"]["frozen"] = model.frozen
@@ -206,6 +235,16 @@ def test_deepspeed_does_what_torch_does(deepspeed_results: dict[str, Any], stage
     seen = train(engine, model, range(3))
     assert_same_run(deepspeed_results[f"fresh{stage}"], seen, engine.state())
     assert torch.equal(deepspeed_results[f"fresh{stage}"]["frozen"], model.frozen)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_skips_without_a_trace(deepspeed_results: dict[str, Any], stage: int) -> None:
+    skipped, clean = deepspeed_results[f"skipped{stage}"], deepspeed_results[f"clean{stage}"]
+    assert not any(math.isfinite(skipped["seen"][update][1]) for update in BROKEN)
+    assert [skipped["seen"][update] for update in (1, 4)] == clean["seen"]
+    assert_same_state(skipped["state"], clean["state"], atol=0)
+    assert_same_state(deepspeed_results[f"first{stage}"]["state"], start()[0].state(), atol=0)
+    assert float(clean["state"]["inner"]["step"]) == float(skipped["state"]["inner"]["step"]) == 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -144,6 +144,7 @@ def test_samples_and_turns_are_the_packages():
         (["distill.epochs=3", "distill.schedule.decay_updates=9"], "63 an epoch, 189 in all: 0 warm-up, 180 stable, 9"),
         (["distill.max_updates=5"], "63 an epoch, 5 in all"),
         (["distill.schedule.warmup_updates=99"], "warning: warm-up and decay are longer than the run"),
+        (["distill.schedule.shape=cosine"], "0 warm-up, 63 down a cosine"),
         (["data={source: llava, path: a.json}"], "unknown until data is prepared"),
         (["data={source: llava, path: a.json, max_samples: 640}"], "about 640 samples / 64 = 10 an epoch"),
         (["data={source: llava, path: a.json, max_samples: 640, max_turns: 3}"], "unknown until data is prepared"),

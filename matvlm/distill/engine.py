@@ -8,6 +8,7 @@ continued by the other one.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ class Engine(Protocol):
         """Add the gradients of ``loss``, one micro-batch's share of the update's loss; ``last`` closes the update."""
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; returns their total norm before clipping."""
+        """Clip, update, clear the gradients; returns their total norm before clipping.
+
+        Gradients whose norm is not finite are cleared and nothing else changes, the moments and step count included.
+        """
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Per trained parameter: ``value`` (fp32), ``exp_avg``, ``exp_avg_sq`` and ``step``."""
@@ -67,10 +71,11 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.optimizer.clip_grad_norm)
-        self.optimizer.step()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.optimizer.clip_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -121,7 +126,7 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        self.engine.step()  # ZeRO itself drops a gradient whose norm is not finite, and then gives that as inf
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> dict[str, dict[str, Tensor]]:

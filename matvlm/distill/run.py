@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,16 +17,13 @@ from matvlm.config import Recipe
 from matvlm.data.encoding import Batch, Encoder
 from matvlm.data.prepare import encode_rows
 from matvlm.distill.engine import make_engine
+from matvlm.distill.failures import Skipped, memory_explained, memory_in_use
 from matvlm.distill.objective import Cached, Divisors, Online, TeacherSide, logit_losses
 from matvlm.distill.schedule import learning_rate, order
 from matvlm.distill.trunk import LayerLoss, SharedTrunk
 from matvlm.models import hybrid, locate
 from matvlm.targets import TargetReader
 from matvlm.teacher import kept_hidden
-
-
-class DistillError(RuntimeError):
-    """Distillation cannot go on; the message says at which update and why."""
 
 
 def open_models(
@@ -69,31 +65,45 @@ class Run:
             parameter.data = parameter.data.float()
         self.trained_parameters = sum(parameter.numel() for parameter in trained.values())
         self.engine = make_engine(trained, recipe.distill, device)
+        self.skipped = Skipped(recipe.distill.max_skipped_updates)
         self.speed = Speed(device)
 
     def update(self, update: int, total: int) -> dict[str, float]:
-        """One optimiser update; returns its losses, learning rate and gradient norm.
+        """One optimiser update; returns its losses, learning rate, gradient norm and how many were skipped so far.
+
+        An update whose loss or gradient is not finite is skipped: it trains nothing and has neither losses nor norm.
 
         Raises:
-            DistillError: a loss or the gradient is not finite.
+            DistillError: too many updates were skipped, or the memory does not suffice.
         """
+        with memory_explained(self.recipe, self.device, update):
+            return self._update(update, total)
+
+    def _update(self, update: int, total: int) -> dict[str, float]:
         settings = self.recipe.distill
         rows = order(len(self.dataset), settings.batch_size, self.recipe.seed, update)
         batches = list(self._micro_batches(rows))
         divisors = Divisors.of(batches, settings.loss.scaling)
         tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
         sums = {"loss": 0.0}
+        broken: list[str] = []
         for number, batch in enumerate(batches, start=1):
             loss, terms = self._losses(batch, divisors)
-            _check_finite("the loss", float(loss.detach()), update, batch.ids)
+            if not math.isfinite(float(loss.detach())):
+                broken += batch.ids
+                loss = loss * math.nan  # an infinite loss may have a finite gradient; now the engine's norm tells all
             self.engine.backward(loss, last=number == len(batches))
             for name, value in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         lr = learning_rate(settings.optimizer.lr, settings.schedule, update, total)
         norm = self.engine.step(lr)
-        _check_finite("the gradient norm", norm, update, [id for batch in batches for id in batch.ids])
         self.speed.add(len(rows), tokens)
-        return {**sums, "lr": lr, "grad_norm": norm}
+        made = {**sums, "grad_norm": norm}
+        if not math.isfinite(norm):
+            what = "the loss is not finite" if broken else f"the gradient norm is {norm}"
+            self.skipped.add(update, total, what, broken or [id for batch in batches for id in batch.ids])
+            made = {}
+        return {**made, "lr": lr, "skipped_updates": float(len(self.skipped.updates))}
 
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[Batch]:
         size = self.recipe.distill.micro_batch_size
@@ -157,23 +167,13 @@ class Speed:
     def rates(self) -> dict[str, float]:
         """Rates since the last call, and the memory in use (GPU peak, or the process's resident memory), in GB."""
         seconds = time.monotonic() - self.started
-        on_gpu = self.device.startswith("cuda")
-        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         rates = {
             "samples_per_second": self.samples / seconds,
             "tokens_per_second": self.tokens / seconds,
-            "memory_gb": memory / 1e9,
+            "memory_gb": memory_in_use(self.device) / 1e9,
         }
         self._restart()
         return rates
 
     def _restart(self) -> None:
         self.started, self.samples, self.tokens = time.monotonic(), 0, 0
-
-
-def _check_finite(what: str, value: float, update: int, ids: Sequence[str]) -> None:
-    if not math.isfinite(value):
-        raise DistillError(
-            f"update {update}: {what} is {value} on samples {', '.join(ids)}; lower distill.optimizer.lr, or look at "
-            "these samples"
-        )

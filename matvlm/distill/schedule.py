@@ -25,8 +25,17 @@ def order(num_samples: int, batch_size: int, seed: int, update: int) -> list[int
 
 
 def learning_rate(peak: float, schedule: Schedule, update: int, total: int) -> float:
-    """Warmup-stable-decay at ``update`` (from 1): linear up, constant, linear down to that share of ``peak``."""
+    """The rate of ``update`` (from 1) of ``total``; the last is ``final_lr_share`` of ``peak`` if it decays.
+
+    ``wsd`` takes the lower one of its slopes where they overlap; ``cosine`` (arXiv 1608.03983, without restarts) only
+    rises if the run is no longer than its warm-up.
+    """
     up = min(1.0, update / schedule.warmup_updates) if schedule.warmup_updates else 1.0
-    left = (total - update) / schedule.decay_updates if schedule.decay_updates else 1.0
-    down = schedule.final_lr_share + (1.0 - schedule.final_lr_share) * min(1.0, left)
+    left = 1.0
+    if schedule.shape == "cosine" and update > schedule.warmup_updates:
+        done = (update - schedule.warmup_updates) / (total - schedule.warmup_updates)
+        left = (1.0 + math.cos(math.pi * done)) / 2
+    elif schedule.decay_updates:
+        left = min(1.0, (total - update) / schedule.decay_updates)
+    down = schedule.final_lr_share + (1.0 - schedule.final_lr_share) * left
     return peak * min(up, down)

@@ -17,7 +17,8 @@ from matvlm.artifacts import Checkpoint, DataManifest, TargetStore
 from matvlm.config import Recipe
 from matvlm.data.encoding import Encoder
 from matvlm.data.prepare import encode_rows, open_dataset
-from matvlm.distill.run import DistillError, Run, open_models
+from matvlm.distill.failures import DistillError
+from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
 from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
@@ -31,8 +32,16 @@ from matvlm.teacher import fingerprint
 
 MODEL, RESULT = "model", "checkpoint.json"
 
-_FREE_TO_CHANGE = ("checkpoint_every_updates", "keep_checkpoints", "log_every_updates", "engine", "deepspeed")
-"""Fields of ``recipe.distill`` that do not change what is computed."""
+_FREE_TO_CHANGE = (
+    "checkpoint_every_updates",
+    "keep_checkpoints",
+    "log_every_updates",
+    "engine",
+    "deepspeed",
+    "micro_batch_size",
+    "max_skipped_updates",
+)
+"""Fields of ``recipe.distill`` that do not change what is computed, but for rounding."""
 
 
 def init_student(
@@ -97,7 +106,7 @@ def distill(
     Raises:
         SnapshotError: what is in ``folder`` was made with another recipe, data or student.
         TargetError: the target store is damaged, of another teacher, other data or other settings, or lacks a sample.
-        DistillError: a loss or gradient is not finite.
+        DistillError: too many updates were skipped for a loss or gradient that is not finite, or memory ran out.
         ValueError: ``student`` was not made from ``teacher``, or DeepSpeed is asked for and not installed.
         StorageError: a snapshot or the model cannot be written.
     """
@@ -111,18 +120,19 @@ def distill(
     if latest := snapshots.latest():
         done, state = latest
         run.engine.load_state(state["engine"])
-        history = state["history"]
+        history, run.skipped.updates = state["history"], state["skipped"]
         for past in history:  # for whoever shows the whole curve; MLflow has these points already
             reporter.metrics({name: value for name, value in past.items() if name != "update"}, int(past["update"]))
     with Progress(total, f"distill {student.init}", "update", reporter, initial=done) as progress:
         for update in range(done + 1, total + 1):
             values = run.update(update, total)
-            progress.update(1, loss=values["loss"])
+            progress.update(1, loss=values.get("loss", "skipped"))
             if update % recipe.distill.log_every_updates == 0 or update == total:
                 history.append({"update": update, **values})
                 reporter.metrics(values | run.speed.rates(), update)
             if update % recipe.distill.checkpoint_every_updates == 0 and update < total:
-                snapshots.save(update, {"engine": run.engine.state(), "history": history})
+                state = {"engine": run.engine.state(), "history": history, "skipped": run.skipped.updates}
+                snapshots.save(update, state)
     provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
     hybrid.save(run.student, run.encoder.processor, folder / MODEL, provenance)
     _draw(history, folder / "loss_curves.png", reporter)
@@ -181,8 +191,9 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Checkpoint:
 def _draw(history: list[dict[str, float]], path: Path, reporter: Reporter) -> None:
     from matvlm.plots import loss_curves
 
-    loss_curves(history, path)
-    reporter.artifact(path, "plots")
+    if any("loss" in row for row in history):  # not if each of the few logged updates was skipped
+        loss_curves(history, path)
+        reporter.artifact(path, "plots")
 
 
 __all__ = ["DistillError", "distill", "init_student"]

@@ -164,11 +164,14 @@ def _updates(recipe: Recipe, samples: int | None) -> str:
     schedule = recipe.distill.schedule
     stable = total - schedule.warmup_updates - schedule.decay_updates
     about = "about " if recipe.data.max_samples else ""
+    cosine = schedule.shape == "cosine"
+    rest = "down a cosine" if cosine else f"stable, {schedule.decay_updates:,} decay"
     text = (
         f"{about}{samples:,} samples / {distill.batch_size} = {per_epoch:,} an epoch, {total:,} in all: "
-        f"{schedule.warmup_updates:,} warm-up, {max(stable, 0):,} stable, {schedule.decay_updates:,} decay"
+        f"{schedule.warmup_updates:,} warm-up, {max(stable, 0):,} {rest}"
     )
-    return text if stable >= 0 else f"{text}\nwarning: warm-up and decay are longer than the run"
+    longer = "warm-up is" if cosine else "warm-up and decay are"
+    return text if stable >= 0 else f"{text}\nwarning: {longer} longer than the run"
 
 
 def _targets(settings: Targets, vocabulary: int | None, turns: int | None) -> str:
