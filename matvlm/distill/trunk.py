@@ -7,7 +7,7 @@ back for the length of a ``with`` block; so one copy of the frozen weights serve
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from matvlm.data.encoding import Batch
 from matvlm.losses import layer_cosine, layer_l2
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
-from matvlm.models.watch import Seen, watch
+from matvlm.models.watch import Seen, watch, watching
 from matvlm.teacher import forward_as, kept_hidden
 
 DISTANCES = {"l2": layer_l2, "cosine": layer_cosine}
@@ -74,18 +74,8 @@ class SharedTrunk:
             Its last hidden states at the kept positions, [P, H]; and what its replaced attentions were given and gave,
             if they are ``watched``.
         """
-        seen: dict[int, Seen] = {}
-
-        def remember(index: int, kwargs: dict[str, Any], output: Any) -> None:
-            seen[index] = Seen(kwargs.pop("hidden_states"), kwargs, output[0])
-
-        with self.as_teacher() as teacher:
-            hooks = [_watch(module, index, remember) for index, module in self.attentions.items() if watched]
-            try:
-                hidden = kept_hidden(teacher, batch)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with self.as_teacher() as teacher, watching(self.attentions if watched else {}) as seen:
+            hidden = kept_hidden(teacher, batch)
         return hidden, seen if watched else None
 
     @contextmanager
@@ -181,7 +171,10 @@ class StudentForced(LayerLoss):
 
     def __enter__(self) -> LayerLoss:
         self.sums: list[Tensor] = []
-        self.hooks = [_watch(mixer, index, self._compare) for index, mixer in mixers(self.trunk.student).items()]
+        self.hooks = [
+            mixer.register_forward_hook(self._comparison(index), with_kwargs=True)
+            for index, mixer in mixers(self.trunk.student).items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,19 +184,13 @@ class StudentForced(LayerLoss):
     def value(self) -> Tensor:
         return self._mean(self.sums)
 
-    def _compare(self, index: int, kwargs: dict[str, Any], output: Any) -> None:
-        with torch.no_grad():
-            expected = self.trunk.attentions[index](**kwargs)[0]
-        self.sums.append(self.distance(output[0], expected, self.mask))
+    def _comparison(self, index: int) -> Callable[..., None]:
+        def hook(_mixer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            with torch.no_grad():
+                expected = self.trunk.attentions[index](**kwargs)[0]
+            self.sums.append(self.distance(output[0], expected, self.mask))
 
-
-def _watch(module: nn.Module, index: int, call: Any) -> Any:
-    """Call ``call(index, keyword arguments, output)`` after each forward of ``module``."""
-
-    def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call(index, dict(kwargs), output)
-
-    return module.register_forward_hook(hook, with_kwargs=True)
+        return hook
 
 
 def _vision_tower(model: PreTrainedModel) -> nn.Module | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,10 @@ class Seen(NamedTuple):
     output: Tensor
 
 
-@torch.no_grad()
-def watch(model: PreTrainedModel, attentions: Mapping[int, nn.Module], inputs: Mapping[str, Tensor]) -> dict[int, Seen]:
-    """Run ``model`` on ``inputs`` as far as the last of ``attentions``, which are its own, by layer number."""
+@contextmanager
+def watching(attentions: Mapping[int, nn.Module], last: int | None = None) -> Iterator[dict[int, Seen]]:
+    """Inside, whatever runs ``attentions``, by layer number, fills the dictionary; the block ends behind ``last``."""
     seen: dict[int, Seen] = {}
-    last = max(attentions)
 
     def remember(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -35,12 +35,19 @@ def watch(model: PreTrainedModel, attentions: Mapping[int, nn.Module], inputs: M
 
     hooks = [module.register_forward_hook(remember(layer), with_kwargs=True) for layer, module in attentions.items()]
     try:
-        model.base_model(**inputs, use_cache=False)
+        yield seen
     except _Enough:
         pass
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def watch(model: PreTrainedModel, attentions: Mapping[int, nn.Module], inputs: Mapping[str, Tensor]) -> dict[int, Seen]:
+    """Run ``model`` on ``inputs`` as far as the last of ``attentions``, which are its own, by layer number."""
+    with watching(attentions, last=max(attentions)) as seen:
+        model.base_model(**inputs, use_cache=False)
     return seen
 
 
