@@ -11,7 +11,7 @@ Shapes: B samples, L tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,6 +59,21 @@ class Batch:
     labels: Tensor
     chosen: Tensor | None = None
     """bool [B, L]: the positions to keep; None keeps those before answer tokens."""
+    mask: Tensor | None = None
+    """bool [B, L]: tokens that are no padding, where ``inputs`` do not say it."""
+
+    @property
+    def real(self) -> Tensor:
+        """bool [B, L]: tokens that are no padding."""
+        return self.inputs["attention_mask"].bool() if self.mask is None else self.mask
+
+    def unmasked(self) -> Batch:
+        """The same without an attention mask for the model; exact for a causal one, as padding is on the right.
+
+        Attention without a mask has the fastest kernels, and what it gives at the padding is never looked at.
+        """
+        inputs = {name: value for name, value in self.inputs.items() if name != "attention_mask"}
+        return replace(self, inputs=inputs, mask=self.real)
 
     @property
     def kept(self) -> Tensor:
@@ -74,8 +89,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        chosen = None if self.chosen is None else self.chosen.to(device, non_blocking=True)
-        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True), chosen)
+        chosen, mask = (
+            None if value is None else value.to(device, non_blocking=True) for value in (self.chosen, self.mask)
+        )
+        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True), chosen, mask)
 
     def _before_answers(self) -> Tensor:
         kept = torch.zeros_like(self.labels, dtype=torch.bool)

@@ -59,7 +59,7 @@ class Divisors:
         return cls(
             positions=sum(int(batch.kept.sum()) for batch in batches),
             labels=sum(int((batch.kept_labels != IGNORE).sum()) for batch in batches),
-            tokens=sum(int(batch.inputs["attention_mask"].sum()) for batch in batches),
+            tokens=sum(int(batch.real.sum()) for batch in batches),
         )
 
 

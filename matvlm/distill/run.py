@@ -84,7 +84,7 @@ class Run:
         rows = order(len(self.dataset), settings.batch_size, self.recipe.seed, update)
         batches = list(self._micro_batches(rows))
         divisors = Divisors.of(batches, settings.loss.scaling)
-        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
+        tokens = sum(int(batch.real.sum()) for batch in batches)
         sums = {"loss": 0.0}
         broken: list[str] = []
         for number, batch in enumerate(batches, start=1):

@@ -128,7 +128,7 @@ class LayerLoss:
     def __init__(self, trunk: SharedTrunk, batch: Batch, form: str):
         self.trunk, self.batch = trunk, batch
         self.distance = DISTANCES[form]
-        self.mask = batch.inputs["attention_mask"].bool()
+        self.mask = batch.real
 
     def __enter__(self) -> LayerLoss:
         return self
