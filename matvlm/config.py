@@ -59,11 +59,19 @@ class Teacher(Section):
 class Data(Section):
     """Where training samples come from and which are kept."""
 
-    source: Literal["easyvqa", "llava"] = "easyvqa"
+    source: Literal["easyvqa", "llava", "datasets"] = "easyvqa"
     path: str | None = None
-    """``llava`` only: a JSON or JSONL file of LLaVA-format conversations."""
+    """``llava``: a JSON or JSONL file of LLaVA-format conversations, local or ``s3://``. ``datasets``: a hub id, or a
+    folder of parquet, JSON, Arrow or images."""
     image_folder: str | None = None
-    """``llava`` only: the folder that the ``image`` fields of ``path`` are relative to."""
+    """What image names are looked up in, local or ``s3://``: a folder, a folder of .tar files, or a pattern of such
+    (``images-{000..012}.tar``). Null is the folder of ``path``."""
+    split: str = "train"
+    """Of ``datasets``."""
+    name: str | None = None
+    """Of ``datasets``: the configuration, where there are several."""
+    columns: dict[Literal["id", "image", "conversations", "question", "answer"], str] = {}
+    """Of ``datasets``: what its columns are called, where it is not this."""
     max_samples: Count | None = None
     """Take at most this many conversations, drawn with ``seed``; null takes all."""
     max_turns: Count | None = None
@@ -71,14 +79,19 @@ class Data(Section):
     max_length: Count = 2048
     """Longest sample in tokens, image tokens included; longer ones are cut at a turn's end."""
     max_bad_share: Share = 0.01
-    """Refuse the data when more than this share of it is unusable (broken image, malformed entry)."""
+    """Refuse the data when more than this share of it is bad (broken image, malformed entry). Samples without an image
+    are skipped and are not bad."""
 
     @model_validator(mode="after")
     def _paths_fit_source(self) -> Data:
         if self.source == "llava" and not self.path:
             raise ValueError("source 'llava' needs path: a JSON or JSONL file of conversations")
+        if self.source == "datasets" and not self.path:
+            raise ValueError("source 'datasets' needs path: a hub id or the folder of a data set")
         if self.source == "easyvqa" and (self.path or self.image_folder):
             raise ValueError("source 'easyvqa' ships with its package: remove path and image_folder")
+        if self.source != "datasets" and (self.split != "train" or self.name or self.columns):
+            raise ValueError(f"split, name and columns are of source 'datasets', not of {self.source!r}: remove them")
         return self
 
 
@@ -216,7 +229,11 @@ class Distill(Section):
     batch_size: Count = 64
     """Samples per optimiser update, over all GPUs and accumulation steps."""
     micro_batch_size: Count = 16
-    """Samples per forward pass on one device."""
+    """Samples per forward pass on one device; with ``packing`` rows of samples."""
+    packing: bool = False
+    """Several samples in one row of at most ``data.max_length`` tokens, kept apart, so that little is padding."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read and encode samples for each GPU; 0 does it in between."""
     epochs: Count = 1
     max_updates: Count | None = None
     """Stop after this many optimiser updates, whatever ``epochs`` says."""
@@ -226,10 +243,18 @@ class Distill(Section):
     schedule: Schedule = Schedule()
     deepspeed: DeepSpeed = DeepSpeed()
     autocast: Literal["off", "bfloat16"] = "off"
+    activation_checkpointing: Literal["none", "mixers", "layers"] = "none"
+    """What the backward pass computes anew instead of keeping it: nothing, what is inside of the mixers, or every
+    decoder layer. Changes memory and speed only."""
+    compile: bool = False
+    """Let torch.compile fuse the small operations of the decoder layers: faster, after some minutes of compiling."""
     max_skipped_updates: Annotated[int, Field(ge=0)] = 10
     """Updates with a loss or gradient that is not finite are skipped and counted; one more than this stops the run."""
     checkpoint_every_updates: Count = 100
     keep_checkpoints: Count = 2
+    """The newest so many, and the one before which the loss was lowest."""
+    snapshots: str | None = None
+    """Where they are kept, also on ``s3://``; null: with the run's other files."""
     log_every_updates: Count = 10
 
     @model_validator(mode="after")

@@ -163,7 +163,8 @@ def layer_l2(student_out: Tensor, teacher_out: Tensor, mask: Tensor) -> Tensor:
         teacher_out: the original attention's output for the same input, [B, L, H].
         mask: bool [B, L], True at real tokens. Masked positions are never read, so whatever stands there is harmless.
     """
-    return (_wide(student_out[mask]) - _wide(teacher_out[mask])).square().mean(-1).sum()
+    difference = _wide(student_out) - _wide(teacher_out)
+    return difference.masked_fill(~mask[..., None], 0.0).square().mean(-1).sum()
 
 
 def layer_cosine(student_out: Tensor, teacher_out: Tensor, mask: Tensor) -> Tensor:
@@ -171,7 +172,9 @@ def layer_cosine(student_out: Tensor, teacher_out: Tensor, mask: Tensor) -> Tens
 
     Arguments as in ``layer_l2``.
     """
-    return (1 - F.cosine_similarity(_wide(student_out[mask]), _wide(teacher_out[mask]), dim=-1)).sum()
+    hidden = ~mask[..., None]
+    student, teacher = (_wide(output).masked_fill(hidden, 0.0) for output in (student_out, teacher_out))
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).masked_fill(~mask, 0.0).sum()
 
 
 def _buckets(

@@ -27,7 +27,7 @@ from matvlm.data.prepare import open_dataset, turns_of
 from matvlm.models import hybrid, small
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
-from matvlm.snapshots import Snapshots
+from matvlm.snapshots import Snapshots, cpu_copy
 from matvlm.storage import write_bytes
 
 LOG_EVERY_UPDATES = 50
@@ -86,7 +86,7 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
     )
     workers = 4 if device.startswith("cuda") else 0
     batches = DataLoader(conversations, None, sampler=range(done, settings.updates), num_workers=workers)
-    with Progress(settings.updates, "pretrain", "update", reporter, initial=done) as progress:
+    with snapshots, Progress(settings.updates, "pretrain", "update", reporter, initial=done) as progress:
         for update, (chosen, ids, labels) in enumerate(batches, start=done + 1):
             lr = _set_lr(optimizer, settings, update)
             pixels = augment(corpus, chosen, torch.Generator().manual_seed(recipe.seed * 1_000_003 + update))
@@ -100,7 +100,8 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
             if update % settings.evaluate_every_updates == 0 or update == settings.updates:
                 reporter.metrics({"held_out_accuracy": _accuracy(model, corpus, held_out)}, update)
             if update % settings.checkpoint_every_updates == 0:
-                snapshots.save(update, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                snapshots.save(update, cpu_copy(state))
     return _finish(model, processor, recipe, folder / "model")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from matvlm.data.encoding import Batch
+from matvlm.models.patch import forward_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +27,7 @@ def kept_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def kept_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the head is given at the positions of ``batch.kept``: the last hidden states [P, H], sample by sample."""
     hidden: Tensor = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    return hidden[batch.kept]
+    return hidden.flatten(0, 1)[batch.kept_places]
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -40,19 +39,6 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     with forward_as(model.base_model, lambda *_args, **_kwargs: _Output(hidden[None])):
         logits: Tensor = model(use_cache=False).logits
     return logits[0]
-
-
-@contextmanager
-def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module`` computes ``forward`` instead of its own for the length of the block."""
-    attributes = vars(module)
-    before = {"forward": attributes["forward"]} if "forward" in attributes else {}
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        attributes.update(before)
 
 
 class _Output:

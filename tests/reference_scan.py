@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,44 @@ def naive_conv(
     padded = torch.cat([before, x], dim=1)
     y = torch.stack([(padded[:, t : t + taps] * weight.T).sum(1) + bias for t in range(x.shape[1])], dim=1)
     return (y * torch.sigmoid(y) if silu else y), padded[:, x.shape[1] :].mT
+
+
+def of_each_sample(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    seq_idx: Tensor,
+    initial_state: Tensor | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
+    """What ``naive_scan`` or ``naive_conv`` gives for each sample of packed rows on its own, and the last one's state.
+
+    ``seq_idx`` [B, L] numbers the samples of each row; a row's first sample starts from ``initial_state``.
+    """
+    sequences = {name: inputs.pop(name) for name in ("x", "dt", "B", "C") if name in inputs}
+    outputs, states = [], []
+    for row, numbers in enumerate(seq_idx):
+        sizes = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+        pieces = zip(*(value[row : row + 1].split(sizes, dim=1) for value in sequences.values()), strict=True)
+        state = None if initial_state is None else initial_state[row : row + 1]
+        found = []
+        for piece in pieces:
+            y, last = function(**dict(zip(sequences, piece, strict=True)), **inputs, initial_state=state)
+            found.append(y)
+            state = None
+        outputs.append(torch.cat(found, dim=1))
+        states.append(last)
+    return torch.cat(outputs), torch.cat(states)
+
+
+def packed_rows(length: int, device: str = "cpu") -> Tensor:
+    """``seq_idx`` int32 [B, L]: rows with a new sample at any one token, at two, at every one, and at none."""
+    starts = [[token] for token in range(1, length)]
+    starts += [[token, token + 1] for token in range(1, length - 1, 3)]
+    starts += [list(range(1, length)), []]
+    rows = torch.zeros(len(starts), length, dtype=torch.int32)
+    for row, tokens in enumerate(starts):
+        rows[row, tokens] = 1
+    return rows.cumsum(1, dtype=torch.int32).to(device)
 
 
 def scan_inputs(

@@ -89,7 +89,8 @@ def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:
     bad: dict[str, list[Any]] = {
         "broken image": [sample("cut.png"), sample("text.png"), sample("empty.png")],
         "missing image": [sample("absent.png"), sample("."), sample("null\0byte.png")],
-        "no image": [{"conversations": talk("hello", "hi")}, sample(None), sample("")],
+        "text only": [{"conversations": talk("hello", "hi")}, sample(None, "hello", "hi")],
+        "no image": [sample(None), sample("")],
         "several images": [sample("good.png", "<image> and <image>", "two")],
         "malformed entry": [
             17,
@@ -106,8 +107,8 @@ def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:
     samples = [sample(), *(one for group in bad.values() for one in group), sample()]
     manifest = prepare(source(tmp_path, samples, max_bad_share=0.95), 0, tmp_path / "out")
     assert manifest.skipped == {reason: len(group) for reason, group in bad.items()}
-    assert (manifest.num_samples, manifest.num_skipped) == (2, 19)
-    assert open_dataset(manifest)["id"][:] == ["s-0", "s-20"]
+    assert (manifest.num_samples, manifest.num_skipped) == (2, 20)
+    assert open_dataset(manifest)["id"][:] == ["s-0", "s-21"]
     assert prepare(source(tmp_path, samples, max_bad_share=0.95), 0, tmp_path / "out") == manifest
 
 
@@ -128,6 +129,16 @@ def test_too_much_bad_data_is_refused(tmp_path: Path) -> None:
         prepare(data, 0, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["good.png", "talk.json"]
     assert prepare(data.model_copy(update={"max_bad_share": 0.2}), 0, tmp_path / "out").num_samples == 8
+
+
+def test_text_alone_is_counted_and_is_not_bad(tmp_path: Path) -> None:
+    texts = [sample(None, "hello", "hi")] * 6
+    manifest = prepare(source(tmp_path, [sample(), *texts], max_bad_share=0.0), 0, tmp_path / "out")
+    assert (manifest.num_samples, manifest.skipped) == (1, {"text only": 6})
+    with pytest.raises(DataError, match=r"1 of 2 samples are unusable \(1 missing image\), more than"):
+        prepare(source(tmp_path, [sample(), sample("absent.png"), *texts], max_bad_share=0.4), 0, tmp_path / "other")
+    with pytest.raises(DataError, match=r"no usable sample among 6 \(6 text only\)"):
+        prepare(source(tmp_path, texts, max_bad_share=1.0), 0, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("samples", "why"), [([], "0 (it is empty)"), ([sample("absent.png")] * 2, "2 (2 missing")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from reference_scan import (
     differences,
     naive_conv,
     naive_scan,
+    of_each_sample,
+    packed_rows,
     run_with_gradients,
     scan_inputs,
     uncovered_pairs,
@@ -117,6 +120,54 @@ def test_convolution_is_the_sum_over_lags(length: int, with_state: bool, silu: b
     inputs = conv_inputs(length, 10, with_state)
     expected = run_with_gradients(naive_conv, inputs, torch.float64, silu=silu)
     check(run_with_gradients(causal_conv1d, inputs, torch.float32, silu=silu), expected)
+
+
+@pytest.mark.parametrize("scale_input", [True, False], ids=["dt", "nodt"])
+@pytest.mark.parametrize("state", ["fresh", "state"])
+@pytest.mark.parametrize("length", [16, 22])
+def test_packed_rows_are_scanned_sample_by_sample(length: int, state: str, scale_input: bool) -> None:
+    """A sample starts at every place in a chunk of 8, the last of which is not full with 22 tokens."""
+    seq_idx = packed_rows(length)
+    inputs = scan_inputs(Case(length, 8, 3, state, "full", "dt"), batch=len(seq_idx))
+    options = {"seq_idx": seq_idx, "scale_input": scale_input}
+    expected = run_with_gradients(partial(of_each_sample, naive_scan), inputs, torch.float64, **options)
+    check(run_with_gradients(ssd_scan, inputs, torch.float32, **options, chunk_size=8), expected)
+    together = run_with_gradients(naive_scan, inputs, torch.float64, scale_input=scale_input)
+    leaks = differences(together, expected)
+    assert leaks.pop("dD") < 1e-12
+    assert min(leaks.values()) > 1e-2, "else nothing is tested"
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_packed_rows_in_chunks_of_any_size(chunk_size: int) -> None:
+    seq_idx = packed_rows(15)
+    inputs = scan_inputs(Case(15, 8, 1, "fresh", "full", "dt"), batch=len(seq_idx))
+    expected = run_with_gradients(partial(of_each_sample, naive_scan), inputs, torch.float64, seq_idx=seq_idx)
+    actual = run_with_gradients(ssd_scan, inputs, torch.float32, seq_idx=seq_idx, chunk_size=chunk_size)
+    check(actual, expected)
+
+
+@pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("length", [1, 2, 4, 11])
+def test_packed_rows_are_convolved_sample_by_sample(length: int, with_state: bool, silu: bool) -> None:
+    seq_idx = packed_rows(length)
+    inputs = conv_inputs(length, 10, with_state)
+    for name in {"x", "initial_state"} & inputs.keys():
+        inputs[name] = inputs[name].repeat(-(-len(seq_idx) // 2), 1, 1)[: len(seq_idx)]
+    expected = run_with_gradients(
+        partial(of_each_sample, naive_conv), inputs, torch.float64, seq_idx=seq_idx, silu=silu
+    )
+    check(run_with_gradients(causal_conv1d, inputs, torch.float32, seq_idx=seq_idx, silu=silu), expected)
+
+
+def test_one_sample_a_row_needs_no_numbers() -> None:
+    """Bit by bit: what packing costs is a choice of kernel, not of result."""
+    inputs = {name: value.float() for name, value in scan_inputs(Case(65, 32, 3, "state", "left", "dt")).items()}
+    numbers = torch.zeros(2, 65, dtype=torch.int32)
+    assert all(map(torch.equal, ssd_scan(**inputs, seq_idx=numbers), ssd_scan(**inputs)))
+    inputs = {name: value.float() for name, value in conv_inputs(65, 10, True).items()}
+    assert all(map(torch.equal, causal_conv1d(**inputs, seq_idx=numbers), causal_conv1d(**inputs)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from matvlm.config import Loss, RecipeError, parse_recipe
 from matvlm.data.encoding import IGNORE, Batch
-from matvlm.distill.objective import Cached, Divisors, Online, logit_losses
+from matvlm.distill.objective import Cached, Counts, Divisors, Online, logit_losses
 from matvlm.losses import (
     bucket_logprobs,
     cross_entropy_sum,
@@ -134,8 +134,10 @@ def test_counts_of_the_whole_batch() -> None:
         Batch(["a", "b"], {"input_ids": first, "attention_mask": mask}, first),
         Batch(["c"], {"input_ids": first[1:], "attention_mask": mask[1:]}, first[1:]),
     ]
-    assert Divisors.of(batches, "positions") == Divisors(positions=4, labels=4, tokens=8)
-    assert Divisors.of(batches, "paper") == Divisors(positions=3, labels=3, tokens=3)
+    assert Divisors.of([Counts.of(batches[:1]), Counts.of(batches[1:])], "positions") == Divisors(
+        positions=4, labels=4, tokens=8
+    )
+    assert Divisors.of([Counts.of(batches)], "paper") == Divisors(positions=3, labels=3, tokens=3)
 
 
 def test_draws_are_used_for_the_kl(model: Any, states: tuple[Tensor, Tensor, Tensor]) -> None:

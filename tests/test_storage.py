@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_server import BUCKET, empty_bucket, serve
 from safetensors.torch import save_file
 
 from matvlm import storage
-from matvlm.storage import StorageError, s3
+from matvlm.storage import MissingError, StorageError, s3
 
 TINY_DISK_MIB = 2
 
@@ -40,14 +41,21 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     torn.write_text('{"a": 1')
     with pytest.raises(StorageError, match=r"torn\.json: not valid JSON"):
         storage.read_json(torn)
-    with pytest.raises(StorageError, match=r"none\.json: cannot read: No such file"):
+    with pytest.raises(MissingError, match=r"none\.json: cannot read: No such file"):
         storage.read_json(tmp_path / "none.json")
-    with pytest.raises(StorageError, match=r"none: no such file or folder"):
+    with pytest.raises(MissingError, match=r"none: no such file or folder"):
         storage.local_copy(tmp_path / "none")
     with pytest.raises(StorageError, match="neither a local path nor s3"):
         storage.exists("gs://bucket/key")
     with pytest.raises(StorageError, match="pass the URI as text"):
         storage.exists(Path("s3://bucket/key"))
+    with pytest.raises(StorageError, match=r"torn\.json/below: cannot read: Not a directory") as refused:
+        storage.read_bytes(torn / "below")
+    assert not isinstance(refused.value, MissingError)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StorageError, match=r"loop: cannot list: Too many levels of symbolic links"):
+        storage.list_files(tmp_path / "loop")
+    assert storage.list_files(tmp_path / "none") == storage.list_files(torn) == []
     torn.chmod(0o644)
     with pytest.raises(StorageError, match=r"below: cannot write: (Not a directory|File exists)"):
         storage.write_bytes(torn / "below", b"")
@@ -112,6 +120,31 @@ def test_remains_of_a_killed_writer_are_not_seen_and_are_cleared(tmp_path: Path)
     storage.write_bytes(target, b"second")
     assert sorted(os.listdir(target.parent)) == ["shard[1]", "shard[1].bin"]
     assert target.read_bytes() == b"second"
+
+
+def test_remains_of_every_name_are_cleared_but_not_those_of_a_living_writer(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    storage.clear_unfinished(folder)
+    assert not folder.exists()
+    writers = []
+    for name in ("a", "b"):
+        target, ready = folder / name, tmp_path / f"ready-{name}"
+        writers.append(multiprocessing.get_context("fork").Process(target=_write_slowly, args=(target, ready)))
+        writers[-1].start()
+        while not ready.exists():
+            time.sleep(0.01)
+    storage.write_bytes(folder / ".mine", b"not one of ours")
+    os.kill(writers[0].pid or 0, signal.SIGKILL)
+    writers[0].join()
+    storage.clear_unfinished(folder)
+    left = sorted(os.listdir(folder))
+    assert len(left) == 2
+    assert left[0].startswith(".b.unfinished-")
+    assert left[1] == ".mine"
+    os.kill(writers[1].pid or 0, signal.SIGKILL)
+    writers[1].join()
+    storage.clear_unfinished(folder)
+    assert os.listdir(folder) == [".mine"]
 
 
 def _write_many(target: Path, worker: int) -> None:
@@ -199,30 +232,14 @@ def test_sha256(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve() as url:
+        yield url
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "MATVLM_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3._client.cache_clear()
-    s3._client().create_bucket(Bucket="matvlm-test")
-    yield "s3://matvlm-test"
-    storage.remove("s3://matvlm-test/runs")
-    s3._client.cache_clear()
+def bucket(s3_endpoint: str, tmp_path: Path) -> Iterator[str]:
+    with empty_bucket(s3_endpoint, tmp_path / "cache") as uri:
+        yield uri
 
 
 def test_s3_files(bucket: str) -> None:
@@ -267,12 +284,41 @@ def test_s3_folder_goes_up_and_comes_down_once(bucket: str, tmp_path: Path, monk
     assert (fresh / "sub" / "weights.bin").read_bytes() == b"new"
 
 
+def test_s3_folder_is_made_whole_without_litter(bucket: str, tmp_path: Path) -> None:
+    uri = storage.join(bucket, "runs", "folder")
+    with storage.atomic_folder(uri) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "weights.bin").write_bytes(b"1234")
+        assert not storage.exists(uri)
+    assert storage.list_files(uri) == ["config.json", "weights.bin"]
+    with storage.passing_copy(storage.join(uri, "weights.bin")) as copy:
+        assert copy.read_bytes() == b"1234"
+    assert not copy.exists()
+    with pytest.raises(KeyError), storage.atomic_folder(uri):
+        raise KeyError("interrupted")
+    assert storage.list_files(uri) == ["config.json", "weights.bin"]
+    assert not os.listdir(tmp_path / "cache")
+
+
+def test_s3_parts_of_an_upload_that_did_not_end_are_dropped(bucket: str) -> None:
+    client = s3._client()
+    for key in ("runs/7/state", "runs/77/state"):
+        client.create_multipart_upload(Bucket=BUCKET, Key=key)
+    storage.clear_unfinished(storage.join(bucket, "runs/7"))
+    left = client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+    assert [upload["Key"] for upload in left] == ["runs/77/state"]
+
+
 def test_s3_errors_are_named(bucket: str) -> None:
-    with pytest.raises(StorageError, match=r"s3://matvlm-test/runs/none: cannot read: .*NoSuchKey"):
-        storage.read_bytes(storage.join(bucket, "runs/none"))
-    with pytest.raises(StorageError, match="runs/none: no such object or folder"):
-        storage.local_copy(storage.join(bucket, "runs/none"))
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/key: cannot write: .*NoSuchBucket"):
+    missing = storage.join(bucket, "runs/none")
+    with pytest.raises(MissingError, match=r"s3://matvlm-test/runs/none: cannot read: .*NoSuchKey"):
+        storage.read_bytes(missing)
+    with pytest.raises(MissingError, match="runs/none: no such object or folder"):
+        storage.local_copy(missing)
+    with pytest.raises(MissingError, match=r"runs/none: cannot download: .*Not Found"), storage.passing_copy(missing):
+        pytest.fail("there is none")
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/key: cannot write: .*NoSuchBucket") as refused:
         storage.write_json("s3://no-such-bucket/key", json.loads("[]"))
+    assert not isinstance(refused.value, MissingError)
     with pytest.raises(StorageError, match="expected s3://bucket/key"):
         storage.exists("s3://bucket")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,8 @@ from reference_scan import (
     Tensors,
     differences,
     naive_scan,
+    of_each_sample,
+    packed_rows,
     run_with_gradients,
     scan_inputs,
     with_long_horizons,
@@ -75,6 +78,20 @@ def compare(inputs: Tensors, dtype: torch.dtype, scale: bool) -> dict[str, float
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_scan_is_the_recurrence(case: Case) -> None:
     found = compare(scan_inputs(case, batch=1), torch.float32, case.scale == "dt")
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    "case", [Case(33, 16, 1, "fresh", "full", "dt"), Case(20, 16, 1, "state", "full", "nodt")], ids=str
+)
+def test_packed_rows_are_scanned_sample_by_sample(case: Case) -> None:
+    rows = packed_rows(case.length)[::5]
+    inputs = scan_inputs(case, batch=len(rows))
+    options = {"seq_idx": rows, "scale_input": case.scale == "dt"}
+    expected = run_with_gradients(partial(of_each_sample, naive_scan), inputs, torch.float64, **options)
+    actual = run_with_gradients(ssd.ssd_scan, inputs, torch.float32, **options, chunk_size=16, backend="mamba_ssm")
+    found = differences(actual, expected)
+    print("\n", {name: f"{value:.0e}" for name, value in found.items()})
     assert max(found.values()) < TOLERANCE, found
 
 

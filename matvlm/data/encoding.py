@@ -52,7 +52,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded samples. ``inputs`` goes to the model as it is; ``labels`` int64 [B, L]."""
+    """Right-padded samples, or packed ones (``matvlm.data.packing``). ``inputs`` goes to the model as it is; ``labels``
+    int64 [B, L].
+    """
 
     ids: list[str]
     inputs: dict[str, Tensor]
@@ -61,6 +63,8 @@ class Batch:
     """bool [B, L]: the positions to keep; None keeps those before answer tokens."""
     mask: Tensor | None = None
     """bool [B, L]: tokens that are no padding, where ``inputs`` do not say it."""
+    places: Tensor | None = None
+    """``kept_places``, where they have been looked for already."""
 
     @property
     def real(self) -> Tensor:
@@ -85,14 +89,27 @@ class Batch:
         """int64 [P]: the label of the token after each kept position, ``IGNORE`` where that is no answer token."""
         following = torch.full_like(self.labels, IGNORE)
         following[:, :-1] = self.labels[:, 1:]
-        return following[self.kept]
+        return following.flatten()[self.kept_places]
+
+    @property
+    def kept_places(self) -> Tensor:
+        """int64 [P]: the kept positions, counted through all samples."""
+        return self.kept.flatten().nonzero()[:, 0] if self.places is None else self.places
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same on ``device``; what has to be looked for is found before, so that nobody waits for a GPU."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        chosen, mask = (
-            None if value is None else value.to(device, non_blocking=True) for value in (self.chosen, self.mask)
+        labels = self.labels.to(device, non_blocking=True)
+        chosen, mask, places = (
+            None if value is None else value.to(device, non_blocking=True)
+            for value in (self.chosen, self.mask, self.kept_places)
         )
-        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True), chosen, mask)
+        return Batch(self.ids, inputs, labels, chosen, mask, places)
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU can copy from while it computes."""
+        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.pin_memory(), places=self.kept_places.pin_memory())
 
     def _before_answers(self) -> Tensor:
         kept = torch.zeros_like(self.labels, dtype=torch.bool)
@@ -112,6 +129,8 @@ class Encoder:
         """
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.pad: int = self.tokenizer.pad_token_id or 0
+        """Any token will do: nothing looks at padding."""
         self.max_length = max_length
         self.positions = positions
         self.image_token = getattr(processor, "image_token_id", None)
@@ -149,8 +168,7 @@ class Encoder:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-pad ``samples`` to the longest and stack their image inputs."""
-        pad = self.tokenizer.pad_token_id or 0  # any token will do: the mask hides it
-        ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad)
+        ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=self.pad)
         labels = pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE)
         lengths = torch.tensor([len(s.input_ids) for s in samples])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()

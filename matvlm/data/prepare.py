@@ -1,8 +1,9 @@
 """``prepare_data``: a source -> a checked Arrow data set on disk, with what was skipped and why.
 
 The folder holds ``arrow`` (``datasets.save_to_disk``) and ``matvlm_manifest.json`` (the manifest, and the settings that
-the data set was made with). It appears whole or not at all. Images of the easy-VQA package are copied into it; those
-of a LLaVA-format file, which may be hundreds of gigabytes, stay where they are and are read from there.
+the data set was made with). It appears whole or not at all. Images that a source has in its own files (easy-VQA,
+parquet) are copied into it; those in folders, archives and S3, which may be hundreds of gigabytes, stay where they are,
+and the data set says where that is.
 """
 
 from __future__ import annotations
@@ -12,25 +13,35 @@ import json
 import logging
 import random
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from matvlm.artifacts import DataManifest
 from matvlm.config import Data
 from matvlm.data.encoding import Batch, Encoder, TemplateError, TooLong, Turn
-from matvlm.data.sources import BadSample, DataError, Entry, Row, entries, read_image
+from matvlm.data.images import decode, read_image
+from matvlm.data.rows import TEXT_ONLY, BadSample, DataError, Entry, Row
+from matvlm.data.sources import entries
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
 from matvlm.storage import atomic_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 MANIFEST = "matvlm_manifest.json"
 SHOWN_SKIPS = 5
+"""Samples that are named in the log, of each reason."""
+READERS = 8
+"""Threads that read, decode and check samples."""
 
 
 def prepare(
@@ -44,10 +55,11 @@ def prepare(
             instead of failing in a later stage.
 
     Raises:
-        DataError: the source cannot be read, nothing is usable, more than ``data.max_bad_share`` of it is bad, or
-            ``folder`` holds a data set that was made with other settings.
+        DataError: the source cannot be read, nothing is usable, more than ``data.max_bad_share`` of it is bad (samples
+            without an image are skipped and counted, but not bad), or ``folder`` holds a data set that was made with
+            other settings.
         TemplateError: the teacher's chat template cannot be used for training.
-        StorageError: the data set cannot be written; nothing is left in its place.
+        StorageError: S3 cannot be reached, or the data set cannot be written; nothing is left in its place.
     """
     max_length = encoder.max_length if encoder else None
     made_with = {**data.model_dump(mode="json"), "seed": seed, "checked_for_max_length": max_length}
@@ -72,12 +84,14 @@ def prepare(
 
 
 def open_dataset(manifest: DataManifest) -> Any:
-    """The prepared ``datasets.Dataset``: columns ``id``, ``image`` (decoded to PIL RGB on access) and ``turns``.
+    """The prepared ``datasets.Dataset``: columns ``id``, ``image`` (read and decoded to PIL RGB on access), ``turns``.
 
     Raises:
-        DataError: the folder is gone or damaged.
+        DataError: the folder is gone or damaged. Accessing an image raises ``BadSample`` if it is not there any more.
     """
     import datasets
+
+    from matvlm.data.placed import PlacedImage
 
     try:
         dataset = datasets.load_from_disk(str(Path(manifest.uri) / "arrow"))
@@ -87,7 +101,7 @@ def open_dataset(manifest: DataManifest) -> Any:
         raise DataError(
             f"{manifest.uri}: cannot open the prepared data ({error}); remove this folder and run prepare_data again"
         ) from None
-    return dataset
+    return dataset.cast_column("image", PlacedImage())
 
 
 def turns_of(row: Mapping[str, Any]) -> list[Turn]:
@@ -116,6 +130,10 @@ def _finished(folder: Path, made_with: dict[str, Any]) -> DataManifest:
     return manifest
 
 
+Checked = list[Row | BadSample]
+"""What became of a sample: its parts of at most ``max_turns`` turns, each a row or the reason why it is none."""
+
+
 class _CheckedRows:
     """Yields the usable rows of ``chosen`` and keeps count of the others; ``digest`` grows with what was yielded."""
 
@@ -126,28 +144,31 @@ class _CheckedRows:
 
     def __iter__(self) -> Iterator[Row]:
         with Progress(len(self.chosen), "prepare_data", "sample", self.reporter) as progress:
-            for entry in self.chosen:
-                yield from self._usable(entry)
+            for parts, image_hash in _ahead(self._check, self.chosen):
+                for part in parts:
+                    if isinstance(part, BadSample):
+                        self._skip(part)
+                        continue
+                    self.digest.update(json.dumps([part["id"], part["turns"]]).encode() + image_hash)
+                    yield part
                 progress.update(1, skipped=sum(self.skipped.values()))
 
-    def _usable(self, entry: Entry) -> Iterator[Row]:
-        """The row of ``entry`` in parts of at most ``max_turns`` turns; a bad part is skipped, the others stay."""
+    def _check(self, entry: Entry) -> tuple[Checked, bytes]:
+        """The parts of a sample, where a bad one does not touch the others, and the hash of its image."""
         try:
             row = entry()
-            content = row["image"]["bytes"] or read_image(row["image"]["path"] or "", row["id"])
-            image = _decode(row, content)
+            content = read_image(row["image"], row["id"])
+            image = decode(content, row["image"], row["id"])
         except BadSample as bad:
-            self._skip(bad)
-            return
-        image_hash = hashlib.sha256(content).digest()
+            return [bad], b""
+        checked: Checked = []
         for part in _split(row, self.max_turns):
             try:
                 self._check_encoding(part, image)
+                checked.append(part)
             except BadSample as bad:
-                self._skip(bad)
-                continue
-            self.digest.update(json.dumps([part["id"], part["turns"]]).encode() + image_hash)
-            yield part
+                checked.append(bad)
+        return checked, hashlib.sha256(content).digest()
 
     def _check_encoding(self, row: Row, image: Image.Image) -> None:
         if self.encoder is None:
@@ -163,20 +184,25 @@ class _CheckedRows:
 
     def _skip(self, bad: BadSample) -> None:
         self.skipped[bad.reason] += 1
-        if sum(self.skipped.values()) <= SHOWN_SKIPS:
+        if self.skipped[bad.reason] <= SHOWN_SKIPS:
             log.warning("skipped: %s", bad)
 
 
-def _decode(row: Row, content: bytes) -> Image.Image:
-    """The image exactly as readers of the data set will get it; what decodes here decodes there."""
-    import datasets
-
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``map``, in order, but some items ahead in threads: reading waits for disk or network, decoding needs no GIL."""
+    rest = iter(items)
+    for first in islice(rest, 1):  # alone: what a tokenizer sets up at first use, it must not while others use it
+        yield function(first)
+    pool, pending = ThreadPoolExecutor(READERS), deque[Future[Result]]()
     try:
-        image: Image.Image = datasets.Image(mode="RGB").decode_example({"bytes": content, "path": None})
-    except Exception as error:  # Pillow has no common error: OSError, SyntaxError, struct.error, ...
-        where = row["image"]["path"] or "its image"
-        raise BadSample("broken image", f"{row['id']}: {where}: {error}") from None
-    return image
+        for item in rest:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _split(row: Row, max_turns: int | None) -> list[Row]:
@@ -200,10 +226,11 @@ def _to_dataset(rows: _CheckedRows, cache: Path) -> Any:
     from datasets.arrow_writer import ArrowWriter
 
     datasets.disable_progress_bars()
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
-            "image": datasets.Image(mode="RGB"),
+            "image": image,  # no Image feature: to measure it ``save_to_disk`` would open every path
             "turns": datasets.List({"question": datasets.Value("string"), "answer": datasets.Value("string")}),
         }
     )
@@ -217,12 +244,17 @@ def _to_dataset(rows: _CheckedRows, cache: Path) -> Any:
 
 
 def _refuse_bad(rows: _CheckedRows, usable: int, data: Data) -> None:
-    bad = sum(rows.skipped.values())
-    source, reasons = data.path or data.source, ", ".join(f"{n} {reason}" for reason, n in rows.skipped.most_common())
+    source = data.path or data.source
     if not usable:
-        raise DataError(f"{source}: no usable sample among {bad} ({reasons or 'it is empty'})")
-    if bad > data.max_bad_share * (usable + bad):
+        reasons = _listed(rows.skipped) or "it is empty"
+        raise DataError(f"{source}: no usable sample among {sum(rows.skipped.values())} ({reasons})")
+    bad = Counter({reason: count for reason, count in rows.skipped.items() if reason != TEXT_ONLY})
+    if bad.total() > data.max_bad_share * (usable + bad.total()):
         raise DataError(
-            f"{source}: {bad} of {usable + bad} samples are unusable ({reasons}), more than "
+            f"{source}: {bad.total()} of {usable + bad.total()} samples are unusable ({_listed(bad)}), more than "
             f"data.max_bad_share={data.max_bad_share}; mend the data or raise the share"
         )
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

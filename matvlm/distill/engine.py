@@ -1,8 +1,8 @@
 """Two engines behind one interface: plain torch, and DeepSpeed where it is installed and there is a GPU.
 
-An engine owns the optimiser. ``backward`` adds gradients, ``step`` clips, updates and clears them. Its ``state`` is the
-fp32 master weights and Adam moments of the trained parameters by name, the same for both engines, so a run may be
-continued by the other one.
+An engine owns the optimiser and sums gradients over the processes. ``backward`` adds gradients, ``step`` clips, updates
+and clears them. Its ``state`` is the fp32 master weights and Adam moments of the trained parameters by name, the same
+for both engines and any number of processes, so a run may be continued by others.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matvlm.config import Distill
+from matvlm.distill.world import World
 from matvlm.optimizer import adamw
+from matvlm.snapshots import cpu_copy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,16 +39,22 @@ class Engine(Protocol):
         """
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Per trained parameter: ``value`` (fp32), ``exp_avg``, ``exp_avg_sq`` and ``step``."""
+        """Per trained parameter, on the CPU: ``value`` (fp32), ``exp_avg``, ``exp_avg_sq`` and ``step``.
+
+        All processes have to call it.
+        """
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None: ...
 
 
-def make_engine(parameters: dict[str, nn.Parameter], settings: Distill, device: str) -> Engine:
+def make_engine(
+    parameters: dict[str, nn.Parameter], settings: Distill, device: str, world: World | None = None
+) -> Engine:
     """The engine that ``settings.engine`` names; ``auto`` is DeepSpeed on a GPU where it is installed, else torch.
 
     Args:
         parameters: what is trained, float32, by name; the engine sees no other part of the model.
+        world: the processes whose gradients are summed; None means this one alone.
 
     Raises:
         ValueError: DeepSpeed is asked for and not installed.
@@ -54,15 +63,15 @@ def make_engine(parameters: dict[str, nn.Parameter], settings: Distill, device: 
     if settings.engine == "deepspeed" and not installed:
         raise ValueError("distill.engine is 'deepspeed', which is not installed: pip install deepspeed, or use 'torch'")
     if settings.engine == "deepspeed" or (settings.engine == "auto" and installed and device != "cpu"):
-        return DeepSpeedEngine(parameters, settings, device)
-    return TorchEngine(parameters, settings)
+        return DeepSpeedEngine(parameters, settings, device, world or World())
+    return TorchEngine(parameters, settings, world or World())
 
 
 class TorchEngine:
     name = "torch"
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill):
-        self.parameters, self.settings = parameters, settings
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, world: World):
+        self.parameters, self.settings, self.world = parameters, settings, world
         self.optimizer = adamw(parameters.values(), settings.optimizer)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -71,6 +80,10 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.world.size > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.optimizer.clip_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -79,8 +92,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {
-            name: {"value": parameter.detach().clone()}
-            | {key: value.clone() for key, value in self._moments(parameter).items()}
+            name: cpu_copy({"value": parameter.detach(), **self._moments(parameter)})
             for name, parameter in self.parameters.items()
         }
 
@@ -105,12 +117,13 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, device: str):
-        self.parameters, self.settings = parameters, settings
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, device: str, world: World):
+        self.parameters, self.settings, self.world = parameters, settings, world
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.startswith("cuda") else "cpu")
         import deepspeed
 
-        _single_process_rendezvous()
+        if world.size == 1:
+            _single_process_rendezvous()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU extra that would compile for minutes
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=nn.ParameterList(parameters.values()),
@@ -121,7 +134,7 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it takes the mean over processes
 
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -169,8 +182,8 @@ class DeepSpeedEngine:
     def _config(self) -> dict[str, Any]:
         settings = self.settings
         return {
-            "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-            "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
+            "train_micro_batch_size_per_gpu": 1,  # what batches are made of is decided elsewhere
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": settings.optimizer.clip_grad_norm,
             "zero_optimization": {"stage": settings.deepspeed.zero_stage},
             "zero_allow_untested_optimizer": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -60,6 +60,31 @@ class Skipped:
             more = f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
             named.append(f"update {update} on {', '.join(ids[:SHOWN_SAMPLES])}{more}")
         return "; ".join(named)
+
+
+class Unusable:
+    """The samples that are missing from updates because they could not be loaded any more."""
+
+    def __init__(self, most: int):
+        """``most`` of them are allowed: ``recipe.data.max_bad_share`` of the data."""
+        self.most = most
+        self.samples: dict[str, str] = {}
+
+    def add(self, update: int, bad: Mapping[str, str]) -> None:
+        """Log and count the ``bad`` samples of ``update``, each with the reason; the same one counts once.
+
+        Raises:
+            DistillError: there are more than ``most`` now.
+        """
+        for why in bad.values():
+            log.warning("update %d lacks a sample: %s", update, why)
+        self.samples |= bad
+        if len(self.samples) > self.most:
+            shown = "; ".join([*self.samples.values()][-SHOWN_SAMPLES:])
+            raise DistillError(
+                f"update {update}: {len(self.samples)} samples cannot be loaded any more, and data.max_bad_share "
+                f"allows {self.most}: {shown}. Put the files back and resume, or prepare the data anew"
+            )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from matvlm import losses
 from matvlm.config import Loss
 from matvlm.data.encoding import IGNORE, Batch
+from matvlm.distill.known import known
 from matvlm.teacher import head
 
 CHUNK = 256
@@ -41,6 +42,24 @@ Sums = dict[str, Tensor]
 """Losses by name, each the sum over some positions."""
 
 
+class Counts(NamedTuple):
+    """What there is in some micro-batches."""
+
+    samples: int = 0
+    positions: int = 0
+    labels: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Counts:
+        return cls(
+            samples=sum(len(batch.ids) for batch in batches),
+            positions=sum(int(batch.kept.sum()) for batch in batches),
+            labels=sum(int((batch.kept_labels != IGNORE).sum()) for batch in batches),
+            tokens=sum(int(batch.real.sum()) for batch in batches),
+        )
+
+
 @dataclass(frozen=True)
 class Divisors:
     """What the sums of an update are divided by; counted over its whole batch, so micro-batches do not matter."""
@@ -52,14 +71,14 @@ class Divisors:
     """For the layer loss: real tokens, prompt and image included."""
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], scaling: str) -> Divisors:
-        """The counts of all micro-batches together, or three times their samples where ``scaling`` is ``paper``."""
+    def of(cls, counts: Sequence[Counts], scaling: str) -> Divisors:
+        """Those of all micro-batches and processes together, or thrice the samples where ``scaling`` is ``paper``."""
         if scaling == "paper":
-            return cls(*[sum(len(batch.ids) for batch in batches)] * 3)
+            return cls(*[sum(count.samples for count in counts)] * 3)
         return cls(
-            positions=sum(int(batch.kept.sum()) for batch in batches),
-            labels=sum(int((batch.kept_labels != IGNORE).sum()) for batch in batches),
-            tokens=sum(int(batch.real.sum()) for batch in batches),
+            positions=sum(count.positions for count in counts),
+            labels=sum(count.labels for count in counts),
+            tokens=sum(count.tokens for count in counts),
         )
 
 
@@ -166,18 +185,4 @@ def _in_chunks(
         total = total + loss.detach()
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    return (total if gradient is None else _Known.apply(hidden, total, gradient)), sums
-
-
-class _Known(torch.autograd.Function):
-    """A loss of ``hidden`` whose gradient has been computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream[0] * gradient, None, None
+    return (total if gradient is None else known(total, [hidden], [gradient])), sums

@@ -8,24 +8,28 @@ continues from a snapshot repeats exactly what an uninterrupted one would have d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from matvlm import storage
 from matvlm.artifacts import Checkpoint, DataManifest, TargetStore
 from matvlm.config import Recipe
 from matvlm.data.encoding import Encoder
 from matvlm.data.prepare import encode_rows, open_dataset
 from matvlm.distill.failures import DistillError
+from matvlm.distill.feed import Feed
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
+from matvlm.distill.world import World, join
 from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
 from matvlm.models.layers import choose_layers
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
-from matvlm.snapshots import SnapshotError, Snapshots
+from matvlm.snapshots import SnapshotError, Snapshots, cpu_copy
 from matvlm.storage import read_json, write_json
 from matvlm.targets import Identity, open_targets
 from matvlm.teacher import fingerprint
@@ -39,6 +43,11 @@ _FREE_TO_CHANGE = (
     "engine",
     "deepspeed",
     "micro_batch_size",
+    "packing",
+    "workers",
+    "snapshots",
+    "activation_checkpointing",
+    "compile",
     "max_skipped_updates",
 )
 """Fields of ``recipe.distill`` that do not change what is computed, but for rounding."""
@@ -100,46 +109,53 @@ def distill(
 ) -> Checkpoint:
     """Train the mixers and the connector of ``student`` and save it to ``folder/model``.
 
-    Continues from the newest intact snapshot in ``folder/snapshots``; a finished run there is returned as it is. What
-    is trained is kept and saved in float32, the rest in ``recipe.teacher.dtype``.
+    Continues from the newest intact snapshot, which any number of processes may have written; a finished run in
+    ``folder`` is returned as it is. What is trained is kept and saved in float32, the rest in ``recipe.teacher.dtype``.
+    Where torchrun has started several processes, each calls this, and the first one writes and reports.
 
     Raises:
         SnapshotError: what is in ``folder`` was made with another recipe, data or student.
         TargetError: the target store is damaged, of another teacher, other data or other settings, or lacks a sample.
-        DistillError: too many updates were skipped for a loss or gradient that is not finite, or memory ran out.
+        DistillError: too many updates were skipped for a loss or gradient that is not finite, too many samples cannot
+            be loaded any more, or memory ran out.
+        LoadError: the data cannot be reached any more.
         ValueError: ``student`` was not made from ``teacher``, or DeepSpeed is asked for and not installed.
         StorageError: a snapshot or the model cannot be written.
     """
     identity = _identity(recipe, student, data, targets)
     if (folder / RESULT).exists():
         return _finished(folder, identity)
-    run, snapshots = _open(recipe, student, teacher, data, targets, folder, device)
-    total = num_updates(recipe.distill, len(run.dataset))
+    world, device = join(device)
+    if not world.is_first:
+        reporter = Reporter()
+    run, feed, snapshots = _open(recipe, student, teacher, data, targets, folder, device, world)
+    total = num_updates(recipe.distill, len(feed.dataset))
     history: list[dict[str, float]] = []
-    done = 0
-    if latest := snapshots.latest():
-        done, state = latest
-        run.engine.load_state(state["engine"])
-        history, run.skipped.updates = state["history"], state["skipped"]
-        for past in history:  # for whoever shows the whole curve; MLflow has these points already
-            reporter.metrics({name: value for name, value in past.items() if name != "update"}, int(past["update"]))
-    with Progress(total, f"distill {student.init}", "update", reporter, initial=done) as progress:
-        for update in range(done + 1, total + 1):
-            values = run.update(update, total)
+    done = _continue(run, snapshots, history, reporter)
+    with _writing(snapshots, world), Progress(total, f"distill {student.init}", "update", reporter, done) as progress:
+        losses: list[float] = []
+        for update, share in enumerate(feed.shares(done + 1, total), start=done + 1):
+            values = run.update(update, total, share)
+            losses += [values["loss"]] if "loss" in values else []
             progress.update(1, loss=values.get("loss", "skipped"))
             if update % recipe.distill.log_every_updates == 0 or update == total:
                 history.append({"update": update, **values})
                 reporter.metrics(values | run.speed.rates(), update)
             if update % recipe.distill.checkpoint_every_updates == 0 and update < total:
-                state = {"engine": run.engine.state(), "history": history, "skipped": run.skipped.updates}
-                snapshots.save(update, state)
-    provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
-    hybrid.save(run.student, run.encoder.processor, folder / MODEL, provenance)
-    _draw(history, folder / "loss_curves.png", reporter)
+                snapshots.wait()  # its state is let go of before there is another one
+                state = run.state() | {"history": cpu_copy(history)}
+                if world.is_first:
+                    snapshots.save(update, state, score=sum(losses) / len(losses) if losses else None)
+                losses.clear()
     result = student.model_copy(
         update={"uri": str(folder / MODEL), "updates": total, "trained_parameters": run.trained_parameters}
     )
-    write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
+    if world.is_first:
+        provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
+        hybrid.save(run.student, feed.encoder.processor, folder / MODEL, provenance)
+        _draw(history, folder / "loss_curves.png", reporter)
+        write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
+    world.wait()
     return result
 
 
@@ -151,13 +167,40 @@ def _open(
     targets: TargetStore,
     folder: Path,
     device: str,
-) -> tuple[Run, Snapshots]:
+    world: World,
+) -> tuple[Run, Feed, Snapshots]:
     model, original, processor = open_models(recipe, student, teacher, device)
     needed = Identity.of(recipe, data, processor, fingerprint(original))
     reader = open_targets(targets.uri, needed)
     identity = _identity(recipe, student, data, targets) | {"student": fingerprint(model)}
-    snapshots = Snapshots(folder / "snapshots", identity, recipe.distill.keep_checkpoints)
-    return Run(recipe, device, model, original, processor, open_dataset(data), reader), snapshots
+    place = recipe.distill.snapshots
+    place = str(folder / "snapshots") if place is None else storage.join(place, *folder.absolute().parts[-3:])
+    snapshots = Snapshots(place, identity, recipe.distill.keep_checkpoints)
+    encoder = Encoder(processor, recipe.data.max_length, recipe.targets.positions)
+    feed = Feed(recipe, open_dataset(data), encoder, world, pinned=device.startswith("cuda"))
+    most = int(recipe.data.max_bad_share * len(feed.dataset))
+    return Run(recipe, device, model, original, reader, world, most), feed, snapshots
+
+
+def _continue(run: Run, snapshots: Snapshots, history: list[dict[str, float]], reporter: Reporter) -> int:
+    """Load the newest intact snapshot, if there is one; returns the updates that are done."""
+    latest = snapshots.latest()
+    found = run.world.gather(latest[0] if latest else 0)
+    if len(set(found)) > 1:
+        raise DistillError(
+            f"{snapshots.folder}: the processes find different snapshots there (updates {found}, by rank): all need "
+            "the same folder, on a shared file system or s3:// (distill.snapshots)"
+        )
+    if latest:
+        run.load_state(latest[1])
+        history += latest[1]["history"]
+    for past in history:  # for whoever shows the whole curve; MLflow has these points already
+        reporter.metrics({name: value for name, value in past.items() if name != "update"}, int(past["update"]))
+    return found[0]
+
+
+def _writing(snapshots: Snapshots, world: World) -> AbstractContextManager[Any]:
+    return snapshots if world.is_first else nullcontext()
 
 
 def _identity(recipe: Recipe, student: Checkpoint, data: DataManifest, targets: TargetStore) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from matvlm.data.encoding import Batch
+from matvlm.distill.known import known
 from matvlm.losses import layer_cosine, layer_l2
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
+from matvlm.models.patch import forward_as
 from matvlm.models.watch import Seen, watch, watching
-from matvlm.teacher import forward_as, kept_hidden
+from matvlm.teacher import kept_hidden
 
-DISTANCES = {"l2": layer_l2, "cosine": layer_cosine}
+DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"l2": layer_l2, "cosine": layer_cosine}
+RECOMPILATIONS = 64
+"""A layer is compiled once for attention and once for a mixer, each with gradient and without, alone and in a batch."""
 
 
 class SharedTrunk:
@@ -44,6 +48,7 @@ class SharedTrunk:
         connector = find_connector(teacher)
         self.connector = None if connector is None else copy.deepcopy(connector).requires_grad_(False)
         self.tower = _vision_tower(student)
+        self.compiled = False
         self._check_shared(teacher.state_dict())
 
     def _check_shared(self, expected: dict[str, Tensor]) -> None:
@@ -65,6 +70,17 @@ class SharedTrunk:
         if layer_inputs == "teacher_forced":
             return TeacherForced(self, batch, form, seen)
         return StudentForced(self, batch, form)
+
+    def compile(self) -> None:
+        """Let torch.compile fuse what decoder layers and layer losses do between their matrix products.
+
+        All layers share what is compiled, and lengths and batch sizes may vary. Kernels that are no part of torch stay
+        as they are.
+        """
+        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+        for module in [*mixers(self.student).values(), *decoder_layers(self.student)]:
+            vars(module)["forward"] = torch.compile(module.forward, dynamic=True)
+        self.compiled = True
 
     @torch.no_grad()
     def run_teacher(self, batch: Batch, watched: bool) -> tuple[Tensor, dict[int, Seen] | None]:
@@ -128,6 +144,8 @@ class LayerLoss:
     def __init__(self, trunk: SharedTrunk, batch: Batch, form: str):
         self.trunk, self.batch = trunk, batch
         self.distance = DISTANCES[form]
+        if trunk.compiled:
+            self.distance = torch.compile(self.distance, dynamic=True)
         self.mask = batch.real
 
     def __enter__(self) -> LayerLoss:
@@ -138,9 +156,6 @@ class LayerLoss:
 
     def value(self) -> Tensor:
         raise NotImplementedError
-
-    def _mean(self, sums: list[Tensor]) -> Tensor:
-        return torch.stack(sums).mean()
 
 
 class TeacherForced(LayerLoss):
@@ -159,11 +174,17 @@ class TeacherForced(LayerLoss):
         if seen is None:
             with self.trunk.as_teacher() as teacher:
                 seen = watch(teacher, self.trunk.attentions, self.batch.inputs)
-        sums = []
-        for index, shown in seen.items():
-            output, _ = mixers(self.trunk.student)[index](hidden_states=shown.hidden, **shown.kwargs)
-            sums.append(self.distance(output, shown.output, self.mask))
-        return self._mean(sums)
+        return torch.stack([self._of_one(index, shown) for index, shown in seen.items()]).mean()
+
+    def _of_one(self, index: int, shown: Seen) -> Tensor:
+        """One mixer's sum. Its gradient is taken at once, so that no two mixers' inner tensors are held together."""
+        mixer = mixers(self.trunk.student)[index]
+        output, _ = mixer(hidden_states=shown.hidden, **shown.kwargs)
+        value = self.distance(output, shown.output, self.mask)
+        trained = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
+        if not value.requires_grad:
+            return value
+        return known(value.detach(), trained, torch.autograd.grad(value, trained))
 
 
 class StudentForced(LayerLoss):
@@ -171,26 +192,27 @@ class StudentForced(LayerLoss):
 
     def __enter__(self) -> LayerLoss:
         self.sums: list[Tensor] = []
-        self.hooks = [
-            mixer.register_forward_hook(self._comparison(index), with_kwargs=True)
-            for index, mixer in mixers(self.trunk.student).items()
-        ]
+        self.stack = ExitStack()
+        for index, mixer in mixers(self.trunk.student).items():
+            self.stack.enter_context(forward_as(mixer, self._comparing(index, mixer.forward)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.stack.close()
 
     def value(self) -> Tensor:
-        return self._mean(self.sums)
+        return torch.stack(self.sums).mean()
 
-    def _comparison(self, index: int) -> Callable[..., None]:
-        def hook(_mixer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _comparing(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)
+        def run(**kwargs: Any) -> Any:
+            output = forward(**kwargs)
             with torch.no_grad():
                 expected = self.trunk.attentions[index](**kwargs)[0]
             self.sums.append(self.distance(output[0], expected, self.mask))
+            return output
 
-        return hook
+        return run
 
 
 def _vision_tower(model: PreTrainedModel) -> nn.Module | None:

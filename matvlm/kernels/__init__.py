@@ -23,6 +23,7 @@ VARIABLE = "MATVLM_KERNELS"
 """Environment variable that chooses the backend wherever ``auto`` is asked for."""
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(requested: str, device: torch.device) -> str:
     """``torch`` or ``mamba_ssm``, whichever runs for tensors on ``device``.
 
@@ -69,6 +70,7 @@ def load_function(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
+@torch.compiler.assume_constant_result
 @cache
 def has_fused_conv() -> bool:
     """Whether causal-conv1d can be imported; says so once if it cannot."""

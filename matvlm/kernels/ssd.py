@@ -38,6 +38,7 @@ def ssd_scan(
     chunk_size: int = 64,
     scale_input: bool = True,
     backend: str = "auto",
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a whole sequence; differentiable once in every tensor argument.
 
@@ -51,14 +52,16 @@ def ssd_scan(
         chunk_size: most tokens per chunk. Work within a chunk is quadratic in it, between chunks it is sequential.
         scale_input: ``s = dt`` (Mamba-2), else ``s = 1``.
         backend: see ``matvlm.kernels.resolve_backend``.
+        seq_idx: int32 [B, L], which sample of a packed row each token is of: 0 first and never falling. Every sample
+            starts from zeros but the first, whose the ``initial_state`` is; the final state is that of the last.
 
     Returns:
         y [B, L, H, P] in x's dtype and the final state [B, H, P, N] in float32.
     """
     if resolve_backend(backend, x.device) == "mamba_ssm":
-        return _scan_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk_size, scale_input)
+        return _scan_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk_size, scale_input, seq_idx)
     with _without_autocast(x.device.type):
-        return _scan_torch(x, dt, A, B, C, D, initial_state, chunk_size, scale_input)
+        return _scan_torch(x, dt, A, B, C, D, initial_state, chunk_size, scale_input, seq_idx)
 
 
 def ssd_step(
@@ -93,6 +96,7 @@ def _spread(grouped: Tensor, heads: int) -> Tensor:
     return grouped if groups == heads else grouped.repeat_interleave(heads // groups, dim=-2)
 
 
+@torch.compiler.disable  # its loop over chunks would be compiled anew for every number of them
 def _scan_torch(
     x: Tensor,
     dt: Tensor,
@@ -103,6 +107,7 @@ def _scan_torch(
     initial_state: Tensor | None,
     chunk_size: int,
     scale_input: bool,
+    seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, width = x.shape
     # Equal chunks instead of full ones and a rest: 75 tokens are 2 x 38, not 2 x 64.
@@ -121,16 +126,20 @@ def _scan_torch(
     keys, queries = split(_spread(B.float(), heads)), split(_spread(C.float(), heads))  # [B, H, n, Q, N]
     log_decay = split(dt * A.float()).cumsum(-1)  # [B, H, n, Q], from the chunk's start to and with each token
 
-    to_end = torch.exp(log_decay[..., -1:] - log_decay)
+    to_end, from_start = torch.exp(log_decay[..., -1:] - log_decay), torch.exp(log_decay)
+    samples = None
+    if seq_idx is not None:
+        samples = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, padding)], dim=1).view(batch, 1, chunks, size)
+        before = torch.cat([samples[:, :, :1, :1], samples[:, :, :-1, -1:]], dim=2)
+        to_end, from_start = to_end * (samples == samples[..., -1:]), from_start * (samples == before)
     added = torch.matmul(values.transpose(-1, -2), keys * to_end[..., None])  # [B, H, n, P, N]
-    whole = torch.exp(log_decay[..., -1])[..., None, None]
-    entering, state = _states_between(added, whole, initial_state)
+    entering, state = _states_between(added, from_start[..., -1, None, None], initial_state)
 
-    y: Tensor = _WithinChunk.apply(values, log_decay, keys, queries)
+    y: Tensor = _WithinChunk.apply(values, log_decay, keys, queries, samples)
     if entering is not None:
         skipped = chunks - entering.shape[2]
         carried = torch.matmul(queries[:, :, skipped:], entering.transpose(-1, -2))
-        carried = carried * torch.exp(log_decay[:, :, skipped:, :, None])
+        carried = carried * from_start[:, :, skipped:, :, None]
         y = torch.cat([y[:, :, :skipped], y[:, :, skipped:] + carried], dim=2) if skipped else y + carried
     y = y.movedim(1, 3).reshape(batch, chunks * size, heads, width)[:, :length]
     if D is not None:
@@ -143,7 +152,7 @@ def _states_between(added: Tensor, whole: Tensor, initial_state: Tensor | None) 
 
     Args:
         added: [B, H, n, P, N], what each chunk adds to the state by its end.
-        whole: [B, H, n, 1, 1], the decay over each whole chunk.
+        whole: [B, H, n, 1, 1], the decay over each whole chunk; 0 where a sample starts in it.
         initial_state: [B, H, P, N] or None.
 
     Returns:
@@ -164,32 +173,37 @@ def _states_between(added: Tensor, whole: Tensor, initial_state: Tensor | None) 
 
 
 class _WithinChunk(torch.autograd.Function):
-    """``y[q] = sum over s <= q of exp(a[q] - a[s]) * (C[q] . B[s]) * x[s]`` for each chunk on its own.
+    """``y[q] = sum over s <= q of exp(a[q] - a[s]) * (C[q] . B[s]) * x[s]`` for each chunk, s in the sample of q.
 
     By hand because autograd would hold and revisit four Q x Q intermediates where two do, and let each token's own
     term, which does not depend on ``a``, into the gradient of ``a`` twice with opposite signs.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """x [..., Q, P], a [..., Q] cumulated log decay, B and C [..., Q, N], all float32 -> [..., Q, P]."""
+    def forward(ctx: Any, x: Tensor, a: Tensor, B: Tensor, C: Tensor, samples: Tensor | None) -> Tensor:
+        """x [..., Q, P], a [..., Q] cumulated log decay, B and C [..., Q, N], all float32 -> [..., Q, P].
+
+        ``samples``, integers that broadcast to the shape of a, numbers the samples of packed rows.
+        """
         size = a.shape[-1]
-        future = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1)
-        decay = (a[..., :, None] - a[..., None, :]).masked_fill_(future, float("-inf")).exp_()
+        hidden = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1)
+        if samples is not None:
+            hidden = hidden | (samples[..., :, None] != samples[..., None, :])
+        decay = (a[..., :, None] - a[..., None, :]).masked_fill_(hidden, float("-inf")).exp_()
         weights = torch.matmul(C, B.transpose(-1, -2)).mul_(decay)
         ctx.save_for_backward(x, B, C, decay, weights)
         return torch.matmul(weights, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, B, C, decay, weights = ctx.saved_tensors
         dx = torch.matmul(weights.transpose(-1, -2), dy)
         dweights = torch.matmul(dy, x.transpose(-1, -2))
         exponents = (dweights * weights).tril_(-1)
         da = exponents.sum(-1) - exponents.sum(-2)
         dscores = dweights.mul_(decay)
-        return dx, da, torch.matmul(dscores.transpose(-1, -2), C), torch.matmul(dscores, B)
+        return dx, da, torch.matmul(dscores.transpose(-1, -2), C), torch.matmul(dscores, B), None
 
 
 def _scan_mamba_ssm(
@@ -202,19 +216,21 @@ def _scan_mamba_ssm(
     initial_state: Tensor | None,
     chunk_size: int,
     scale_input: bool,
+    seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``ssd_scan`` with the Triton kernels: sums in float32, their terms in x's dtype (TF32 for float32)."""
     groups = max(B.shape[2], C.shape[2])
     B, C = _spread(B, groups).to(x.dtype), _spread(C, groups).to(x.dtype)
     if scale_input:
-        return _launch(x, dt.float(), A, B, C, D, initial_state, chunk_size)
+        return _launch(x, dt.float(), A, B, C, D, initial_state, chunk_size, seq_idx)
     # The kernel always multiplies by dt, so divide first. In float32, as in the gradient of dt this division's part and
     # the kernel's cancel: rounding them to bfloat16 leaves noise of 8 % of that gradient where dt is 1 / 256.
     dt = dt.float() + LEAST_STEP
-    y, state = _launch(x / dt[..., None], dt, A, B, C, None, initial_state, chunk_size)
+    y, state = _launch(x / dt[..., None], dt, A, B, C, None, initial_state, chunk_size, seq_idx)
     return (y if D is None else y + D.float()[:, None] * x).to(x.dtype), state
 
 
+@torch.compiler.disable
 def _launch(
     x: Tensor,
     dt: Tensor,
@@ -224,6 +240,7 @@ def _launch(
     D: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int,
+    seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The kernels, on as many sequences at a time as they can address."""
     scan = load_function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
@@ -238,6 +255,7 @@ def _launch(
             size,
             D=None if D is None else D.float(),
             initial_states=None if initial_state is None else initial_state[first : first + rows].float(),
+            seq_idx=None if seq_idx is None else seq_idx[first : first + rows].contiguous(),
             return_final_states=True,
         )
         for first in range(0, x.shape[0], rows)

@@ -6,6 +6,7 @@ repeated from the former to the latter (arXiv 2503.13440). Letters: B batch, L t
 
 It is called as attention is in transformers 5 and answers with ``(out, None)``. Its running state lives in the model's
 own cache, so ``generate`` works unchanged with dynamic and static caches, left padding, beam search, chunked prefill.
+Rows that hold several samples are told by ``seq_idx``, which transformers' own Mamba-2 models take too.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Mamba2Mixer(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        seq_idx: Tensor | None = None,
         **_unused: Any,
     ) -> tuple[Tensor, None]:
         """What attention does in its place.
@@ -151,18 +153,24 @@ class Mamba2Mixer(nn.Module):
         Args:
             hidden_states: [B, L, W].
             attention_mask: the model's causal mask [B, 1, L, T] (bool or additive), or a padding mask [B, T]; only
-                which tokens are padding is read from it. None: no padding. Sequences packed into one row are not
-                kept apart.
+                which tokens are padding is read from it. None: no padding.
             past_key_values: the model's cache; the mixer puts its own slot there.
             position_embeddings: (cos, sin), [B or 1, L, R] each; needed with ``rotary``. R <= P: the rest of a head
                 passes unrotated.
+            seq_idx: which sample of a packed row each token is of, int32 [B, L], 0 first and never falling. Nothing
+                passes from one to the next; padding is a sample of its own, and ``attention_mask`` is not read.
 
         Returns:
             ([B, L, W], None).
+
+        Raises:
+            ValueError: ``seq_idx`` and a cache; with one, transformers' masks do not keep samples apart.
         """
+        if seq_idx is not None and past_key_values is not None:
+            raise ValueError("packed rows (seq_idx) cannot go through a cache: pass use_cache=False")
         length = hidden_states.shape[1]
         slot = None if past_key_values is None else claim_slot(past_key_values, self.layer_idx)
-        keep = _real_tokens(attention_mask, length, past_key_values, self.layer_idx)
+        keep = None if seq_idx is not None else _real_tokens(attention_mask, length, past_key_values, self.layer_idx)
         conv_state = ssd_state = None
         if slot is not None and slot.has_previous_state[0]:
             conv_state, ssd_state = slot.conv_states[0], slot.recurrent_states[0]
@@ -174,12 +182,12 @@ class Mamba2Mixer(nn.Module):
         if padding is not None:
             xBC, dt = xBC.masked_fill(padding, 0.0), dt.masked_fill(padding, 0.0)
         xBC, conv_state = causal_conv1d(
-            xBC, self.conv_weight, self.conv_bias, conv_state, self.options.conv_silu, self.kernels
+            xBC, self.conv_weight, self.conv_bias, conv_state, self.options.conv_silu, self.kernels, seq_idx
         )
         x, BC = xBC.split([self.split_sizes[0], sum(self.split_sizes[1:])], dim=-1)
         if padding is not None and not self.options.scale_input_by_dt:  # else dt = 0 has silenced x
             x = x.masked_fill(padding, 0.0)
-        y, ssd_state = self._scan(x, BC, dt, ssd_state, position_embeddings)
+        y, ssd_state = self._scan(x, BC, dt, ssd_state, position_embeddings, seq_idx)
         if slot is not None:
             slot.store(conv_state, ssd_state)
         return self.out_proj(self._gated_norm(y, z)), None
@@ -191,6 +199,7 @@ class Mamba2Mixer(nn.Module):
         dt: Tensor,
         state: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
+        seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L, KV P], (B, C) [B, L, KV N + HN], dt [B, L, H] -> y [B, L, H, P] and the new state [B, H, P, N]."""
         options = self.options
@@ -208,9 +217,8 @@ class Mamba2Mixer(nn.Module):
         if x.shape[1] == 1 and state is not None:
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, state, options.scale_input_by_dt)
             return y[:, None], state
-        return ssd_scan(
-            x, dt, A, B, C, self.D, state, options.chunk_size, options.scale_input_by_dt, backend=self.kernels
-        )
+        scale = options.scale_input_by_dt
+        return ssd_scan(x, dt, A, B, C, self.D, state, options.chunk_size, scale, self.kernels, seq_idx)
 
     def _head_norms(self, BC: Tensor, eps: float) -> Tensor:
         """RMS norm of each head of (B, C), [B, L, KV + H, N]."""

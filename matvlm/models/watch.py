@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from matvlm.models.patch import forward_as
 
 
 class Seen(NamedTuple):
@@ -24,23 +26,22 @@ def watching(attentions: Mapping[int, nn.Module], last: int | None = None) -> It
     """Inside, whatever runs ``attentions``, by layer number, fills the dictionary; the block ends behind ``last``."""
     seen: dict[int, Seen] = {}
 
-    def remember(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            seen[layer] = Seen(kwargs["hidden_states"], rest, output[0])
+    def remembering(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)
+        def run(*, hidden_states: Tensor, **kwargs: Any) -> Any:
+            output = forward(hidden_states=hidden_states, **kwargs)
+            seen[layer] = Seen(hidden_states, kwargs, output[0])
             if layer == last:
                 raise _Enough
+            return output
 
-        return hook
+        return run
 
-    hooks = [module.register_forward_hook(remember(layer), with_kwargs=True) for layer, module in attentions.items()]
-    try:
-        yield seen
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for layer, module in attentions.items():
+            stack.enter_context(forward_as(module, remembering(layer, module.forward)))
+        with suppress(_Enough):
+            yield seen
 
 
 @torch.no_grad()

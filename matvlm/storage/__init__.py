@@ -1,7 +1,7 @@
 """Files and folders by URI, a local path or ``s3://bucket/key``: whole, or not there at all.
 
 How that is kept locally is in ``atomic``, how on S3 in ``s3``. ``atomic_path`` and ``atomic_folder`` are for stages
-that write local files with a library of their own.
+that write files with a library of their own, the first locally only.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from matvlm.storage import s3
-from matvlm.storage.atomic import UNFINISHED, StorageError, atomic_folder, atomic_path, hidden_folder
+from matvlm.storage import atomic, s3
+from matvlm.storage.atomic import UNFINISHED, MissingError, StorageError, atomic_path, hidden_folder
 
 __all__ = [
+    "MissingError",
     "StorageError",
     "atomic_folder",
     "atomic_path",
+    "clear_unfinished",
     "exists",
     "join",
     "list_files",
     "local_copy",
+    "passing_copy",
     "put",
     "read_bytes",
     "read_json",
@@ -48,26 +52,34 @@ def exists(uri: Uri) -> bool:
 
 
 def list_files(uri: Uri) -> list[str]:
-    """Every finished file below the folder ``uri``, as sorted names relative to it; none if there is no folder."""
+    """Every finished file below the folder ``uri``, as sorted names relative to it; none if there is no folder.
+
+    Raises:
+        StorageError: a folder is there and cannot be listed.
+    """
     if remote := _s3_uri(uri):
         return sorted(name for name in s3.objects(remote) if name)
-    folder = _local(uri)
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(name.as_posix() for name in names if not any(UNFINISHED in part for part in name.parts))
+    top, found = _local(uri), []
+    for folder, folders, names in os.walk(top, onerror=_cannot_list):
+        folders[:] = [name for name in folders if UNFINISHED not in name]
+        found += [Path(folder, name).relative_to(top).as_posix() for name in names]
+    return sorted(found)
 
 
 def read_bytes(uri: Uri) -> bytes:
     """The content of a file.
 
     Raises:
-        StorageError: it is missing or cannot be read.
+        MissingError: there is none.
+        StorageError: it cannot be read.
     """
     if remote := _s3_uri(uri):
         return s3.read(remote)
     try:
         return _local(uri).read_bytes()
     except OSError as error:
-        raise StorageError(f"{uri}: cannot read: {error.strerror or error}") from error
+        kind = MissingError if isinstance(error, FileNotFoundError) else StorageError
+        raise kind(f"{uri}: cannot read: {error.strerror or error}") from error
 
 
 def read_json(uri: Uri) -> Any:
@@ -100,6 +112,33 @@ def write_json(uri: Uri, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def atomic_folder(uri: Uri) -> AbstractContextManager[Path]:
+    """Give an empty local folder to the block; what is in it becomes ``uri`` when the block succeeds.
+
+    Raises:
+        StorageError: it cannot be written. After that, or any other error, nothing unfinished is read as ``uri``.
+    """
+    remote = _s3_uri(uri)
+    return s3.new_folder(remote) if remote else atomic.atomic_folder(_local(uri))
+
+
+def clear_unfinished(uri: Uri) -> None:
+    """Remove what killed writers left unfinished in the folder ``uri``.
+
+    Locally a writer that still lives is left alone. S3 cannot tell: nobody else may be writing there.
+
+    Raises:
+        StorageError: the folder cannot be looked at.
+    """
+    if remote := _s3_uri(uri):
+        s3.clear_unfinished(remote)
+    elif (folder := _local(uri)).is_dir():
+        try:
+            atomic.clear_remains(folder)
+        except OSError as error:
+            raise StorageError(f"{uri}: cannot read: {error.strerror or error}") from error
+
+
 def put(source: Path, uri: Uri) -> None:
     """Copy a local file or folder to ``uri``, in place of what is there.
 
@@ -120,14 +159,26 @@ def local_copy(uri: Uri) -> Path:
     """A local path to read the file or folder ``uri`` from: itself, or for S3 a cached download (see ``s3.download``).
 
     Raises:
-        StorageError: nothing is at ``uri``, or it cannot be fetched.
+        MissingError: nothing is at ``uri``.
+        StorageError: it cannot be fetched.
     """
     if remote := _s3_uri(uri):
         return s3.download(remote)
     path = _local(uri)
     if not path.exists():
-        raise StorageError(f"{uri}: no such file or folder")
+        raise MissingError(f"{uri}: no such file or folder")
     return path
+
+
+def passing_copy(uri: Uri) -> AbstractContextManager[Path]:
+    """A local path to read the file ``uri`` from while the block lasts: ``local_copy`` without a place in the cache.
+
+    Raises:
+        MissingError: nothing is at ``uri``.
+        StorageError: it cannot be fetched.
+    """
+    remote = _s3_uri(uri)
+    return s3.passing_copy(remote) if remote else nullcontext(local_copy(uri))
 
 
 def remove(uri: Uri) -> None:
@@ -145,6 +196,11 @@ def sha256_file(path: Uri) -> str:
     """Hexadecimal sha256 of a local file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_list(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it went away meanwhile, or never was
+        raise StorageError(f"{error.filename}: cannot list: {error.strerror}") from error
 
 
 def _s3_uri(uri: Uri) -> str | None:

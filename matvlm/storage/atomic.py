@@ -1,7 +1,8 @@
 """Local files and folders that appear under their name only when they are complete and on the disk.
 
 Until then they grow in a hidden folder beside it that the writer holds a lock on. Readers never look there; when a
-writer was killed its lock is gone, and the next writer of the same name clears the remains away.
+writer was killed its lock is gone, and the next writer of the same name clears the remains away, or ``clear_remains``
+those of every name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _NEARLY_FULL = 1 << 20
 
 class StorageError(OSError):
     """A file or folder cannot be read or written; the message names it and the reason."""
+
+
+class MissingError(StorageError):
+    """Nothing is there, as opposed to something that cannot be read now."""
 
 
 @contextmanager
@@ -71,7 +76,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(path)
+        clear_remains(path.parent, _prefix(path))
         folder, lock = _claim(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -80,6 +85,24 @@ def hidden_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def clear_remains(folder: Path, prefix: str = ".") -> None:
+    """Remove the hidden folders in ``folder`` that start with ``prefix`` and that no living writer holds a lock on.
+
+    Raises:
+        OSError: ``folder`` cannot be listed.
+    """
+    for name in os.listdir(folder):
+        if not (name.startswith(prefix) and UNFINISHED in name):
+            continue
+        with suppress(OSError):  # still being written, or cleared by another writer just now
+            lock = os.open(folder / name, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder / name, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _claim(path: Path) -> tuple[Path, int]:
@@ -93,19 +116,6 @@ def _claim(path: Path) -> tuple[Path, int]:
             if folder.exists():  # else another writer took it for remains before it was locked
                 return folder, lock
             os.close(lock)
-
-
-def _clear_remains(path: Path) -> None:
-    for name in os.listdir(path.parent):
-        if not name.startswith(_prefix(path)):
-            continue
-        with suppress(OSError):  # still being written, or cleared by another writer just now
-            lock = os.open(path.parent / name, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.parent / name, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def _prefix(path: Path) -> str:

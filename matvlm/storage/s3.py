@@ -1,7 +1,7 @@
 """Objects in S3 through boto3, which reads the usual ``AWS_*`` variables, ``AWS_ENDPOINT_URL`` included.
 
 An object appears whole. A folder is many objects, so its JSON files (the manifest or config that readers open first)
-are sent last and removed first.
+are sent last and removed first. Local copies are kept under ``$MATVLM_CACHE`` (``~/.cache/matvlm``).
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from matvlm.storage.atomic import StorageError, atomic_path
+from matvlm.storage.atomic import MissingError, StorageError, atomic_folder, atomic_path, clear_remains, hidden_folder
 
 _DELETE_LIMIT = 1000
 """Keys in one delete request (S3 API)."""
+
+_NO_OBJECT = {"NoSuchKey", "404"}
+"""Codes of a request for an object that is not there; the second is that of a request without a body."""
 
 
 def objects(uri: str) -> dict[str, str]:
@@ -67,18 +70,18 @@ def upload(source: Path, uri: str) -> None:
 
 
 def download(uri: str) -> Path:
-    """A local copy of an object or folder, under ``$MATVLM_CACHE`` (``~/.cache/matvlm``); fetched once while unchanged.
+    """A local copy of an object or folder in the cache; fetched once while unchanged.
 
     Raises:
-        StorageError: nothing is at ``uri``, or it cannot be fetched.
+        MissingError: nothing is at ``uri``.
+        StorageError: it cannot be fetched.
     """
     found = objects(uri)
     if not found:
-        raise StorageError(f"{uri}: no such object or folder")
+        raise MissingError(f"{uri}: no such object or folder")
     bucket, key = _split(uri)
-    cache = Path(os.environ.get("MATVLM_CACHE") or Path.home() / ".cache" / "matvlm")
     identity = hashlib.sha256(json.dumps([uri, sorted(found.items())]).encode()).hexdigest()
-    target = cache / identity[:32] / Path(key).name
+    target = _cache() / identity[:32] / Path(key).name
     if target.exists():
         return target
     with atomic_path(target) as path:
@@ -90,6 +93,37 @@ def download(uri: str) -> Path:
     return target
 
 
+@contextmanager
+def passing_copy(uri: str) -> Iterator[Path]:
+    """A local copy of one object while the block lasts; see ``download`` for one that stays."""
+    bucket, key = _split(uri)
+    with _scratch(uri) as folder:
+        with atomic_path(folder / Path(key).name) as copy, _named_errors(uri, "download"):
+            _client().download_file(bucket, key, str(copy))
+        yield folder / Path(key).name
+
+
+@contextmanager
+def new_folder(uri: str) -> Iterator[Path]:
+    """An empty local folder that is uploaded to ``uri``, in place of the objects there, when the block succeeds."""
+    with _scratch(uri) as scratch:
+        local = scratch / Path(uri).name
+        with atomic_folder(local) as folder:
+            yield folder
+        upload(local, uri)
+
+
+def clear_unfinished(uri: str) -> None:
+    """Drop what was sent of objects below ``uri`` that never got whole, which S3 hides and charges for, and scratch."""
+    if _cache().is_dir():
+        clear_remains(_cache())
+    bucket, key = _split(uri)
+    with _named_errors(uri, "list the uploads"):
+        for page in _client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
+            for upload in page.get("Uploads", []):
+                _client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 def remove(uri: str) -> None:
     """Delete the object or folder at ``uri``; fine if nothing is there."""
     bucket, key = _split(uri)
@@ -98,6 +132,14 @@ def remove(uri: str) -> None:
     for start in range(0, len(keys), _DELETE_LIMIT):
         with _named_errors(uri, "remove"):
             _client().delete_objects(Bucket=bucket, Delete={"Objects": keys[start : start + _DELETE_LIMIT]})
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MATVLM_CACHE") or Path.home() / ".cache" / "matvlm")
+
+
+def _scratch(uri: str) -> AbstractContextManager[Path]:
+    return hidden_folder(_cache() / hashlib.sha256(uri.encode()).hexdigest()[:32])
 
 
 @lru_cache(maxsize=1)
@@ -122,4 +164,6 @@ def _named_errors(uri: str, action: str) -> Iterator[None]:
     try:
         yield
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise StorageError(f"{uri}: cannot {action}: {error}") from error
+        code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None
+        kind = MissingError if code in _NO_OBJECT else StorageError
+        raise kind(f"{uri}: cannot {action}: {error}") from error

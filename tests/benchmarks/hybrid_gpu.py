@@ -32,8 +32,8 @@ from matvlm.models.layers import choose_layers
 IMAGE_TOKEN = 50295
 
 
-def build(tiny: bool, device: str, init: str) -> LlavaForConditionalGeneration:
-    """The paper's architecture, or a small one of its form, with random weights and 25 % of the layers replaced."""
+def build_teacher(tiny: bool, device: str) -> LlavaForConditionalGeneration:
+    """The paper's architecture, or a small one of its form, with random bfloat16 weights."""
     text = PhiConfig(
         vocab_size=51200,
         hidden_size=64 if tiny else 2560,
@@ -66,7 +66,13 @@ def build(tiny: bool, device: str, init: str) -> LlavaForConditionalGeneration:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlavaForConditionalGeneration(config).bfloat16()
+        return LlavaForConditionalGeneration(config).bfloat16().eval()
+
+
+def build(tiny: bool, device: str, init: str) -> LlavaForConditionalGeneration:
+    """The same with 25 % of the layers replaced, and what is trained in float32."""
+    model = build_teacher(tiny, device)
+    text = model.config.text_config
     convert_(model, choose_layers(text.num_hidden_layers, 0.25), init)
     for parameter in trained_parameters(model, train_connector=True).values():
         parameter.data = parameter.data.float()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from reference_scan import (
     differences,
     naive_conv,
     naive_scan,
+    of_each_sample,
+    packed_rows,
     run_with_gradients,
     scan_inputs,
     with_long_horizons,
@@ -122,6 +125,24 @@ def test_scan_of_the_paper_shape(case: Case, chunk_size: int, backend: str, dtyp
     compare_scan(case, backend, dtype, chunk_size, batch=2)
 
 
+@DTYPES
+@BOTH
+@pytest.mark.parametrize("scale", ["dt", "nodt"])
+@pytest.mark.parametrize(("length", "state"), [(40, "fresh"), (33, "state")])
+def test_packed_rows_are_scanned_sample_by_sample(
+    length: int, state: str, scale: str, backend: str, dtype: torch.dtype
+) -> None:
+    """A sample starts at every place in a chunk of 16, which is the kernels' smallest."""
+    needs(backend, "mamba_ssm")
+    case, seq_idx = Case(length, 64, 3, state, "full", scale), packed_rows(length, "cuda")
+    inputs = scan_inputs(case, "cuda", rounded=dtype, batch=len(seq_idx))
+    options = {"seq_idx": seq_idx, "scale_input": scale == "dt"}
+    expected = run_with_gradients(partial(of_each_sample, naive_scan), inputs, torch.float64, **options)
+    dtypes = dict.fromkeys("xBC", dtype)
+    actual = run_with_gradients(ssd_scan, inputs, dtypes, **options, backend=backend, chunk_size=16)
+    check(f"scan {backend} {str(dtype)[6:]}", f"{case} packed", actual, expected)
+
+
 @pytest.mark.parametrize("scale", ["dt", "nodt"])
 def test_scan_with_wide_heads(scale: str) -> None:
     """Gemma's heads: the largest blocks, which may not fit into a multiprocessor's shared memory."""
@@ -183,6 +204,26 @@ def test_convolution_is_the_sum_over_lags(
     dtypes = dict.fromkeys(("x", "initial_state"), dtype)
     actual = run_with_gradients(causal_conv1d, inputs, dtypes, silu=silu, backend=backend)
     check(f"convolution {backend} {str(dtype)[6:]}", f"{length} {with_state} {silu}", actual, expected)
+
+
+@DTYPES
+@BOTH
+@pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("length", [2, 11, 70])
+def test_packed_rows_are_convolved_sample_by_sample(
+    length: int, with_state: bool, silu: bool, backend: str, dtype: torch.dtype
+) -> None:
+    needs(backend, "causal_conv1d")
+    seq_idx = packed_rows(length, "cuda")
+    inputs = conv_inputs(length, 64, with_state, "cuda", rounded=dtype)
+    for name in {"x", "initial_state"} & inputs.keys():
+        inputs[name] = inputs[name].repeat(-(-len(seq_idx) // 2), 1, 1)[: len(seq_idx)]
+    options = {"seq_idx": seq_idx, "silu": silu}
+    expected = run_with_gradients(partial(of_each_sample, naive_conv), inputs, torch.float64, **options)
+    dtypes = dict.fromkeys(("x", "initial_state"), dtype)
+    actual = run_with_gradients(causal_conv1d, inputs, dtypes, **options, backend=backend)
+    check(f"convolution {backend} {str(dtype)[6:]}", f"{length} {with_state} {silu} packed", actual, expected)
 
 
 @pytest.mark.parametrize(

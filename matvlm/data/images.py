@@ -1,0 +1,206 @@
+"""Image files by the names that a source gives them: in a folder or in tar archives, local or in S3.
+
+Nothing is unpacked. The headers of an archive are read once, when the data are prepared; from then on a row says at
+which byte of which archive its image lies, and that part alone is read.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from matvlm.data import files
+from matvlm.data.rows import BadSample, DataError, StoredImage
+from matvlm.storage import StorageError
+
+TAR = "tar:"
+ARCHIVES_AT_ONCE = 8
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class Part(NamedTuple):
+    """A member of a tar archive: ``size`` bytes of ``archive`` from ``offset`` on."""
+
+    archive: str
+    offset: int
+    size: int
+
+
+class ImageFolder:
+    """Finds images by name. ``place`` is one of these, local or ``s3://``:
+
+    a folder that names are relative to; a folder of .tar files or a pattern of such (``images-{000..012}.tar``,
+    ``images-*.tar``), whose members they name. A folder that holds both is looked up in its archives first.
+
+    Raises:
+        DataError: an archive is damaged, compressed or missing, or two archives have a member of the same name.
+        StorageError: S3 cannot be reached.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        pattern = place.rstrip("/").lower().endswith((".tar", *_COMPRESSED)) and not Path(place).is_dir()
+        self.folder = None if pattern else place
+        self.members = _index(_archives_of(place) if pattern else _archives_in(place))
+
+    def find(self, name: str, where: str) -> StoredImage:
+        """Where the image ``name`` is; a file need not exist.
+
+        Raises:
+            BadSample: ``place`` is archives only, and none of them has that member.
+        """
+        part = self.members.get(posixpath.normpath(name))
+        if part is not None:
+            path = TAR + json.dumps([*part, name], ensure_ascii=False)
+        elif self.folder is None:
+            raise BadSample("missing image", f"{where}: no archive of {self.place} has the member {name!r}")
+        else:
+            path = files.join(self.folder, name)
+        return {"bytes": None, "path": path}
+
+
+def read_image(image: StoredImage, where: str) -> bytes:
+    """The content of the image file.
+
+    Raises:
+        BadSample: it is not there, or cannot be read.
+        StorageError: S3 cannot be reached.
+    """
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image["path"] or ""
+    try:
+        if not path.startswith(TAR):
+            return files.read(path)
+        archive, offset, size, _ = json.loads(path.removeprefix(TAR))
+        return files.read(archive, offset, size)
+    except StorageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise BadSample("missing image", f"{where}: {name_of(image)}: {error}") from None
+
+
+def decode(content: bytes, image: StoredImage, where: str) -> Image.Image:
+    """``content`` of ``image`` as RGB pixels.
+
+    Raises:
+        BadSample: it is no image, or a damaged one.
+    """
+    import datasets
+
+    try:
+        pixels: Image.Image = datasets.Image(mode="RGB").decode_example({"bytes": content, "path": None})
+    except Exception as error:  # Pillow has no common error: OSError, SyntaxError, struct.error, ...
+        raise BadSample("broken image", f"{where}: {name_of(image)}: {error}") from None
+    return pixels
+
+
+def name_of(image: StoredImage) -> str:
+    """``image`` for a message: its file, or its archive and member."""
+    path = image["path"]
+    if path and path.startswith(TAR):
+        archive, *_, member = json.loads(path.removeprefix(TAR))
+        return f"{archive}, member {member}"
+    return path or "its image"
+
+
+def _archives_in(folder: str) -> list[str]:
+    """The archives directly in ``folder``; none, also where there is no folder: each of its images will be missing."""
+    try:
+        found = files.names(folder)
+    except StorageError:
+        raise
+    except OSError:
+        return []
+    archives = [files.join(folder, name) for name in found if name.lower().endswith((".tar", *_COMPRESSED))]
+    return _uncompressed(archives)
+
+
+def _archives_of(pattern: str) -> list[str]:
+    """The archives that ``pattern`` means, at least one."""
+    folder, _, name = pattern.rpartition("/")
+    archives = []
+    for one in _numbers_in(name):
+        wildcard = any(mark in one for mark in "*?[")
+        try:
+            archives += (
+                [files.join(folder, found) for found in files.names(folder or ".", one)]
+                if wildcard
+                else [files.join(folder, one)]
+            )
+        except StorageError:
+            raise
+        except OSError as error:
+            raise DataError(f"{pattern}: cannot read the folder of data.image_folder: {error}") from None
+    if not archives:
+        raise DataError(f"{pattern}: no file fits this pattern (data.image_folder)")
+    return _uncompressed(archives)
+
+
+def _uncompressed(archives: list[str]) -> list[str]:
+    for archive in archives:
+        if archive.lower().endswith(_COMPRESSED):
+            raise DataError(
+                f"{archive}: a compressed archive cannot be read in parts (data.image_folder): unpack it to a .tar"
+            )
+    return archives
+
+
+def _numbers_in(name: str) -> list[str]:
+    """``a-{08..10}`` -> a-08, a-09, a-10."""
+    found = _RANGE.search(name)
+    if not found:
+        return [name]
+    first, last = found.groups()
+    return [
+        one
+        for number in range(int(first), int(last) + 1)
+        for one in _numbers_in(f"{name[: found.start()]}{number:0{len(first)}d}{name[found.end() :]}")
+    ]
+
+
+def _index(archives: list[str]) -> dict[str, Part]:
+    """Every member of ``archives`` by its name; of a name that one archive has twice, the last, as tar does."""
+    index: dict[str, Part] = {}
+    with ThreadPoolExecutor(ARCHIVES_AT_ONCE) as pool:
+        for members in pool.map(lambda archive: dict(_members(archive)), archives):
+            if twice := index.keys() & members.keys():
+                name = min(twice)
+                raise DataError(
+                    f"{members[name].archive}: member {name!r} is also in {index[name].archive}, so the name does not "
+                    "say which image is meant (data.image_folder)"
+                )
+            index |= members
+    return index
+
+
+def _members(archive: str) -> Iterator[tuple[str, Part]]:
+    try:
+        with files.open_file(archive) as file:
+            yield from _headers(archive, file)
+    except StorageError:
+        raise
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{archive}: cannot be read as an uncompressed tar (data.image_folder): {error}") from None
+
+
+def _headers(archive: str, file: Any) -> Iterator[tuple[str, Part]]:
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        while (member := opened.next()) is not None:
+            opened.members.clear()  # type: ignore[attr-defined]  # it would remember every member
+            if member.isreg() and not member.issparse():
+                yield posixpath.normpath(member.name), Part(archive, member.offset_data, member.size)
+        file.seek(opened.offset)
+        end = file.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):  # tarfile takes both for an end
+        raise tarfile.ReadError(f"damaged or cut off at byte {opened.offset:,}")

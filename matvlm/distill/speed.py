@@ -1,0 +1,69 @@
+"""How fast a run is, and what its time goes into."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from matvlm.distill.failures import memory_in_use
+
+PHASES = ("data", "teacher", "student", "backward", "optimizer")
+
+
+class Speed:
+    """Samples, tokens and the time of each phase since the rates were last asked for."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self._restart()
+
+    def mark(self, phase: str) -> None:
+        """What was done since the mark before was ``phase``. On a GPU that is what it did, or waited for."""
+        self.marks.append((phase, self._now()))
+
+    def add(self, samples: int, tokens: int) -> None:
+        self.samples += samples
+        self.tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        """Rates since the last call, the share of each phase in that time, and the memory in use, in GB.
+
+        The memory is a GPU's peak of allocated tensors, or the process's resident memory.
+        """
+        spent = self._spent()
+        seconds = time.monotonic() - self.started
+        rates = {
+            "samples_per_second": self.samples / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "memory_gb": memory_in_use(self.device) / 1e9,
+        }
+        whole = sum(spent.values())
+        rates |= {f"share_{phase}": value / whole for phase, value in spent.items() if whole}
+        self._restart()
+        return rates
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds of each phase, in the order of ``PHASES``."""
+        spent = dict.fromkeys(PHASES, 0.0)
+        if self.marks and self.on_gpu:
+            self.marks[-1][1].synchronize()
+        before = self.first
+        for phase, now in self.marks:
+            spent[phase] += before.elapsed_time(now) / 1e3 if self.on_gpu else now - before
+            before = now
+        return spent
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _restart(self) -> None:
+        self.on_gpu = self.device.startswith("cuda")
+        self.samples = self.tokens = 0
+        self.marks: list[tuple[str, Any]] = []
+        self.started, self.first = time.monotonic(), self._now()

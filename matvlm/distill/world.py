@@ -1,0 +1,71 @@
+"""The processes of one run: who this one is among them, and the few numbers that they tell each other.
+
+torchrun starts them, one a GPU, or whatever else sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+What is exchanged here are counts and losses; gradients are the engine's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """``rank`` of ``size`` processes; alone by default, and then nothing is sent anywhere."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain ``value`` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device: str) -> tuple[World, str]:
+    """Find the other processes that torchrun has started, if it has, and this one's own device.
+
+    Args:
+        device: ``cpu``, or ``cuda``, of which each process of a machine takes the one with its local rank.
+
+    Returns:
+        The world and the device, such as ``cuda:1``.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda" and size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(), device
+    if not dist.is_initialized():
+        # Counts and names are on the CPU in any case.
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    return World(dist.get_rank(), dist.get_world_size()), device
