@@ -31,8 +31,9 @@ from metaflow import FlowSpec, Run, current  # noqa: E402
 from metaflow.exception import MetaflowException  # noqa: E402
 from metaflow.util import get_username  # noqa: E402
 
-from matvlm.config import Recipe, RecipeError, Section, parse_recipe, split_overrides  # noqa: E402
+from matvlm.config import Recipe, Section  # noqa: E402
 from matvlm.models.layers import check_choice  # noqa: E402
+from matvlm.recipes import RecipeError, parse_recipe, split_overrides  # noqa: E402
 from matvlm.reporting import Reporter, Reporters  # noqa: E402
 from matvlm.tracking import Tracker, environment, flatten  # noqa: E402
 

@@ -102,14 +102,16 @@ class TrainFlow(FlowSpec):
     @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def distill(self):
-        from matvlm.distill import distill
+        from matvlm.distill.job import DistillJob
+        from matvlm.distill.launch import run
 
         recipe, student = self.settings(), Checkpoint.model_validate(self.input)
         teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
         targets, folder = TargetStore.model_validate(self.targets), self.path("distill", str(student.init))
         progress = cards.DistillCard(f"Distilling {recipe.name}, initialisation {student.init}")
         with support.stage(self, recipe, f"distill[{student.init}]", progress) as reporter:
-            trained = distill(recipe, student, teacher, data, targets, folder, reporter, support.device())
+            job = DistillJob(recipe=recipe, student=student, teacher=teacher, data=data, targets=targets, folder=folder)
+            trained = run(job, reporter, support.device())
         self.trained = trained.model_dump(mode="json")
         self.next(self.join_students)
 

@@ -1,13 +1,14 @@
 """The command line, ``python -m matvlm COMMAND``: stages that are useful alone, each a few lines over the library.
 
-Whatever a user can get wrong ends in one message on stderr and exit status 1. Training is a flow, not a command: see
-``flows/train_flow.py``.
+Whatever a user can get wrong ends in one message on stderr and exit status 1. The whole pipeline is a flow, not a
+command: see ``flows/train_flow.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from matvlm.artifacts import Checkpoint, DataManifest, ProfileResult
-from matvlm.config import Evaluate, Profile, Recipe, load_recipe, split_overrides
+from matvlm.config import Evaluate, Profile, Recipe
+from matvlm.recipes import load_recipe, split_overrides
 from matvlm.reporting import Reporter
 from matvlm.storage import StorageError, write_json
 from matvlm.tracking import TrackingError, resolve_checkpoint, sync
@@ -40,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if options.name in ("targets", "convert", "evaluate", "profile"):
+        if options.name in ("targets", "distill", "convert", "evaluate", "profile"):
             _hide_loading_bars()
         options.command(options)
     except (ValueError, StorageError, TrackingError) as error:
+        print(f"matvlm {options.name}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # DistillError and LoadError, whose modules are slow to import
+        if type(error).__module__.partition(".")[0] != "matvlm":
+            raise
         print(f"matvlm {options.name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -81,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="URI", help="a folder, also on s3://; default: runs/RECIPE'S NAME/targets")
     what = "then measure the loss's gradient against the one with all of the teacher's logits, on N batches"
     command.add_argument("--check", type=_count, metavar="N", help=what)
+
+    summary = "make what a recipe needs for it, as far as it is missing, and distil; alone or under torchrun"
+    command = add("distill", _distill, summary)
+    what = "a recipe, for instance flows/recipes/easyvqa.yaml, or the job.json of a distillation to go on with"
+    command.add_argument("subject", metavar="RECIPE|JOB", help=what)
+    command.add_argument("--set", help=change, **changes)
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE'S NAME")
 
     summary = "write one of the paper's released checkpoints as a model folder of transformers"
     command = add("convert", _convert, summary, CHECKPOINTS)
@@ -193,6 +207,35 @@ def _gradient_table(report: GradientReport) -> str:
         rows.append([error.scheme, str(error.top_k), str(error.samples or ""), *shares])
     place = f"{report.num_samples:,} samples, {report.num_positions:,} positions"
     return f"{table(rows)}\nof d loss / d logits at the untrained student, on {place}"
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from matvlm.distill.launch import end_with_launcher
+
+    end_with_launcher()
+    told = "TORCHELASTIC_ERROR_FILE" in os.environ  # whoever started this process reads its error there
+    (record(_distill_here) if told else _distill_here)(options)
+
+
+def _distill_here(options: argparse.Namespace) -> None:
+    from matvlm.distill.job import EVENTS, EventLog, make_job, read_job
+    from matvlm.distill.world import join
+
+    if Path(options.subject).suffix == ".json":
+        if options.set or options.out:
+            raise ValueError(f"{options.subject}: a job has its recipe and folder; --set and --out are for a recipe")
+        job = read_job(Path(options.subject))
+        world, _ = join(_device())
+    else:
+        recipe = _recipe(options.subject, options.set)
+        world, device = join(_device())
+        job = world.from_first(lambda: make_job(recipe, options.out or Path("runs", recipe.name), device))
+    result = job.run(EventLog(job.folder / EVENTS), _device())
+    if world.is_first:
+        print(f"{result.uri}: {result.updates:,} updates, {result.trained_parameters:,} parameters trained")
+    world.leave()
 
 
 def _recipe(path: str, changes: Sequence[str]) -> Recipe:

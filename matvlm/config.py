@@ -1,19 +1,15 @@
 """The recipe: everything that decides a run, in one frozen, strictly checked value.
 
-A recipe is a YAML file under ``flows/recipes``. ``load_recipe`` reads one, applies ``field.path=value`` overrides and
-returns a ``Recipe``; whatever is wrong with it comes back as one ``RecipeError`` that names the file, the field and
-what was expected. Lengths are in tokens, sizes in samples, and ``updates`` are optimiser updates, never micro-batches.
+``matvlm.recipes`` reads one from a YAML file. Lengths are in tokens, sizes in samples, and ``updates`` are optimiser
+updates, never micro-batches.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+import math
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -29,10 +25,6 @@ Layers = Annotated[
 InitName = Literal["aligned", "paper", "random"]
 Positions = Literal["answer", "text", "all"]
 Scheme = Literal["topk_tail", "topk_sampled"]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run: the message names the file, each wrong field and what is expected there."""
 
 
 class Section(BaseModel):
@@ -178,24 +170,39 @@ class Schedule(Section):
         return self
 
 
-class Loss(Section):
-    """``L = prob * divergence + layer * L_layer + ce * CE(labels)`` (arXiv 2503.13440), and two more terms."""
+class Ramp(Section):
+    """A weight that changes in a straight line, ``{from: 1.0, to: 0.1, updates: 500}``, and then stays.
 
-    prob: Weight = 1.0
-    """Of the divergence between teacher and student."""
+    The first update of its stage has ``from``; ``to`` is reached ``updates`` later.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: Weight = Field(alias="from")
+    to: Weight
+    updates: Count
+
+    def at(self, update: float) -> float:
+        """The weight in ``update`` (from 1) of the stage."""
+        share = min(1.0, (update - 1) / self.updates)
+        return (1.0 - share) * self.start + share * self.to
+
+
+RampedWeight = Annotated[
+    Annotated[Weight, Tag("(number)")] | Annotated[Ramp, Tag("(ramp)")],
+    Discriminator(lambda value: "(ramp)" if isinstance(value, dict | Ramp) else "(number)"),
+]
+
+
+class LossForms(Section):
+    """What the terms of the loss are, whatever their weights."""
+
     divergence: Literal["kl", "reverse_kl", "jsd"] = "kl"
     """KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence."""
-    layer: Weight = 1.0
     layer_form: Literal["l2", "cosine"] = "l2"
     """Mean squared difference, or 1 - cosine, of a mixer's output and the attention's."""
     layer_inputs: Literal["teacher_forced", "student_forced"] = "teacher_forced"
     """``teacher_forced`` feeds each mixer the teacher's hidden states (the paper); ``student_forced`` the student's."""
-    ce: Weight = 0.0
-    """Of the cross entropy with the labels."""
-    ce_teacher: Weight = 0.0
-    """Of the cross entropy with the teacher's most likely token."""
-    logits_l2: Weight = 0.0
-    """Of the mean squared difference of the logits; needs ``targets: online``."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Divides the logits in the divergence; no other term knows it."""
     targets: Literal["cached", "online"] = "cached"
@@ -204,21 +211,88 @@ class Loss(Section):
     """``positions``: every term is a mean over its positions of the whole batch. ``paper``: the sum over positions
     divided by the samples of the batch alone, as the published code does; so it grows with the length of samples."""
 
+
+class Loss(LossForms):
+    """The loss of one update: ``prob * divergence + layer * L_layer + ce * CE(labels)`` and two more terms.
+
+    A term of weight 0 is not computed.
+    """
+
+    prob: Weight = 1.0
+    layer: Weight = 1.0
+    ce: Weight = 0.0
+    ce_teacher: Weight = 0.0
+    logits_l2: Weight = 0.0
+
+
+class LossPlan(LossForms):
+    """The loss of a run (arXiv 2503.13440): see ``Loss``. Each weight is a number, or a ``Ramp`` over the updates."""
+
+    prob: RampedWeight = 1.0
+    """Of the divergence between teacher and student."""
+    layer: RampedWeight = 1.0
+    ce: RampedWeight = 0.0
+    """Of the cross entropy with the labels."""
+    ce_teacher: RampedWeight = 0.0
+    """Of the cross entropy with the teacher's most likely token."""
+    logits_l2: RampedWeight = 0.0
+    """Of the mean squared difference of the logits; needs ``targets: online``."""
+
+    @property
+    def ramps(self) -> dict[str, Ramp]:
+        """The weights that change, by name."""
+        return {name: value for name, value in self if isinstance(value, Ramp)}
+
+    def at(self, update: float) -> Loss:
+        """What holds in ``update`` (from 1) of the end-to-end stage."""
+        return Loss(**{**dict(self), **{name: ramp.at(update) for name, ramp in self.ramps.items()}})
+
     @model_validator(mode="after")
-    def _something_is_learnt(self) -> Loss:
-        if self.prob == self.layer == self.ce == self.ce_teacher == self.logits_l2 == 0:
-            raise ValueError("at least one of prob, layer, ce, ce_teacher and logits_l2 must be above 0")
+    def _something_is_learnt(self) -> LossPlan:
+        # Straight lines above 0 meet 0 at their ends only, so no update in between can be without a loss.
+        for update, when in ((1, "is at the start"), (math.inf, "is left when the ramps have ended")):
+            loss = self.at(update)
+            if loss.prob == loss.layer == loss.ce == loss.ce_teacher == loss.logits_l2 == 0:
+                names = "prob, layer, ce, ce_teacher and logits_l2"
+                raise ValueError(f"at least one of {names} must be above 0 in every update: none {when}")
         return self
 
     @model_validator(mode="after")
-    def _whole_logits_are_there(self) -> Loss:
+    def _whole_logits_are_there(self) -> LossPlan:
         if self.logits_l2 and self.targets == "cached":
             raise ValueError("logits_l2 needs all logits of the teacher, which no store keeps: set targets: online")
         return self
 
 
+class Align(Section):
+    """A stage before the end-to-end one: mixers alone, on what the teacher's attentions were given and gave.
+
+    Its loss is the layer loss, ``teacher_forced``; no student runs and the connector stays. Its updates come on top of
+    those of ``epochs`` or ``max_updates``.
+    """
+
+    updates: Annotated[int, Field(ge=0)] = 0
+    """0 leaves it out, as the paper does."""
+    lr: Annotated[float, Field(gt=0.0)] = 1.0e-3
+    schedule: Schedule = Schedule()
+
+
 class DeepSpeed(Section):
-    zero_stage: Literal[1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What GPUs share instead of each holding it: nothing, the optimiser (1), the gradients too (2), the weights too,
+    the frozen ones among them (3)."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in CPU memory and update there; not with stage 0."""
+    offload_parameters: bool = False
+    """Keep each GPU's share of the weights in CPU memory; stage 3 only."""
+
+    @model_validator(mode="after")
+    def _there_is_something_to_offload(self) -> DeepSpeed:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage: 3, where weights are shared, not {self.zero_stage}")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3, where the optimiser is shared, not 0")
+        return self
 
 
 class Distill(Section):
@@ -235,10 +309,12 @@ class Distill(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read and encode samples for each GPU; 0 does it in between."""
     epochs: Count = 1
+    """Of the end-to-end stage. The order of the data goes on through both stages."""
     max_updates: Count | None = None
-    """Stop after this many optimiser updates, whatever ``epochs`` says."""
+    """Stop the end-to-end stage after this many optimiser updates, whatever ``epochs`` says."""
     train_connector: bool = True
-    loss: Loss = Loss()
+    align: Align = Align()
+    loss: LossPlan = LossPlan()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     deepspeed: DeepSpeed = DeepSpeed()
@@ -256,12 +332,23 @@ class Distill(Section):
     snapshots: str | None = None
     """Where they are kept, also on ``s3://``; null: with the run's other files."""
     log_every_updates: Count = 10
+    profile_updates: Annotated[int, Field(ge=0)] = 0
+    """Trace so many updates, from the third on, with torch's profiler, into ``trace.json.gz``."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Distill:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _comparisons_are_kept(self) -> Distill:
+        if self.activation_checkpointing == "layers" and self.loss.layer and self.loss.layer_inputs == "student_forced":
+            raise ValueError(
+                "activation_checkpointing 'layers' would lose what loss.layer_inputs 'student_forced' compares inside of "
+                "them: use activation_checkpointing 'mixers'"
             )
         return self
 
@@ -294,11 +381,13 @@ class Tracking(Section):
 
 
 class Resources(Section):
-    """Per step; ignored by local runs except ``cpu``, the number of torch threads of a step."""
+    """Per step; ignored by local runs except ``cpu``, the number of torch threads of a step, and ``processes``."""
 
     cpu: Count = 1
     memory_mb: Count = 4096
     gpu: Annotated[int, Field(ge=0)] = 0
+    processes: Count | None = None
+    """Of the distillation, also in local runs; null is one for each GPU, or one where there is none."""
 
 
 class Recipe(Section):
@@ -332,96 +421,3 @@ class Recipe(Section):
                 f"teacher.dtype {self.teacher.dtype} needs distill.autocast: bfloat16, as what is trained is float32"
             )
         return self
-
-
-Kind = TypeVar("Kind", bound=Section)
-
-
-@overload
-def parse_recipe(text: str, source: str = ..., overrides: Iterable[str] = ...) -> Recipe: ...
-@overload
-def parse_recipe(text: str, source: str = ..., overrides: Iterable[str] = ..., *, kind: type[Kind]) -> Kind: ...
-def parse_recipe(
-    text: str, source: str = "recipe", overrides: Iterable[str] = (), *, kind: type[Section] = Recipe
-) -> Section:
-    """Parse the YAML (or JSON) ``text`` of a recipe.
-
-    Args:
-        text: the recipe file's content.
-        source: the name used in error messages, normally the file's path.
-        overrides: ``"distill.optimizer.lr=1e-4"`` strings, applied before checking; values are read as YAML.
-        kind: the model to check against; another flow may have its own.
-
-    Raises:
-        RecipeError: not YAML, not a mapping, an unknown key, a wrong type or an impossible combination.
-    """
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{source}: expected a mapping of recipe sections at the top, got {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override, source)
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(_describe(error, source)) from None
-
-
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check the recipe file at ``path``; see ``parse_recipe``.
-
-    Raises:
-        RecipeError: the file cannot be read, or ``parse_recipe`` refuses it.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    return parse_recipe(text, source=str(path), overrides=overrides)
-
-
-def split_overrides(text: str) -> list[str]:
-    """``"a.b=1 c=[2, 3]"`` as ``["a.b=1", "c=[2, 3]"]``: a new override starts at every word followed by ``=``."""
-    return re.split(r"\s+(?=[\w.]+=)", text.strip()) if text.strip() else []
-
-
-def _apply_override(raw: dict[str, Any], override: str, source: str) -> None:
-    name, separator, value = override.partition("=")
-    if not separator or not name.strip():
-        raise RecipeError(f"{source}: override {override!r} is not of the form field.path=value")
-    *parents, leaf = name.strip().split(".")
-    section = raw
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise RecipeError(f"{source}: override {override!r}: {parent!r} is not a section")
-    try:
-        section[leaf] = _yaml_value(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"{source}: override {override!r}: the value is not valid YAML") from None
-
-
-def _yaml_value(text: str) -> Any:
-    """A YAML scalar or flow value; also reads ``1e-4``, which YAML 1.1 takes for a string."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
-
-
-def _describe(error: ValidationError, source: str) -> str:
-    lines = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("("))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown key"
-        elif problem["type"] not in ("value_error", "missing"):
-            message += f" (got {problem['input']!r})"
-        lines.append(f"{source}: {field or 'recipe'}: {message}")
-    return "\n".join(lines)

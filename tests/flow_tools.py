@@ -17,11 +17,13 @@ from typing import Any
 
 import psutil
 
+from matvlm.distill.speed import PHASES
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOWS = ROOT / "flows"
 DEBUG = FLOWS / "recipes" / "debug.yaml"
 WITH_DEBUG = ("--config", "recipe", str(DEBUG))
-TIMED = {"samples_per_second", "tokens_per_second", "memory_gb"}
+TIMED = {"samples_per_second", "tokens_per_second", "memory_gb", *(f"share_{phase}" for phase in PHASES)}
 """Metrics of a distillation that no two runs share."""
 
 

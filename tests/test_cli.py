@@ -58,7 +58,7 @@ def cells(line: str) -> list[str]:
 def test_help_names_every_command_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "targets", "convert", "sync", "evaluate", "profile"):
+    for name in ("inspect", "targets", "distill", "convert", "sync", "evaluate", "profile"):
         assert f"\n    {name} " in done.stdout
 
 
@@ -86,6 +86,31 @@ def test_evaluate_says_what_the_stage_says(models: Path, tmp_path: Path, capsys:
     expected = evaluate(checkpoint, Evaluate(), 24, tmp_path / "again", Reporter())
     assert printed == {name: f"{value:.2%}" for name, value in expected.metrics.items()}
     assert json.loads((tmp_path / "results.json").read_text())["num_questions"] == 24
+
+
+def test_distill_makes_what_is_missing_and_keeps_the_rest(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "distill",
+        RECIPE,
+        "--set",
+        "data.max_samples=3",
+        "distill.max_updates=2",
+        "hybrid.calibration_samples=2",
+    ]
+    assert main(command) == 0
+    folder = Path("runs", "debug")
+    assert capsys.readouterr().out.startswith(f"{folder}/model: 2 updates, ")
+    assert len(hybrid.mixers(matvlm.load(str(folder / "model"))[0])) == 2
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event[2] for event in events if event[0] == "metrics"] == [1, 2]
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert main(command) == main(["distill", str(folder / "job.json")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
+    assert main([*command, "hybrid.ratio=0.5"]) == 1
+    assert "student.json: hybrid was {'ratio': 0.25" in capsys.readouterr().err
+    broken = ["--set", "hybrid.init=random", "distill.loss.layer=1e38", "distill.max_skipped_updates=0"]
+    assert main([*command, *broken, "--out", "other"]) == 1
+    assert "matvlm distill: 1 of 2 updates had to be skipped" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_profile_compares_with_the_first(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +190,17 @@ def test_convert_writes_a_folder_that_inspect_and_load_open(
         (["targets", "nowhere.yaml"], "nowhere.yaml: cannot read the recipe"),
         (["targets", RECIPE, "--set", "targets.scheme=topk"], "targets.scheme: Input should be 'topk_tail' or"),
         (["targets", RECIPE, "--shard", "2"], "shard 2: targets.shards=2 are 0 to 1"),
+        (["distill", "nowhere.yaml"], "nowhere.yaml: cannot read the recipe"),
+        (["distill", RECIPE, "--set", "distill.lr=1"], "debug.yaml: distill.lr: unknown key"),
+        (["distill", "nowhere.json"], "nowhere.json"),
+        (
+            ["distill", "{models}/student/config.json"],
+            "config.json: not the job of a distillation: recipe: Field required",
+        ),
+        (
+            ["distill", "job.json", "--set", "seed=1"],
+            "job.json: a job has its recipe and folder; --set and --out are for",
+        ),
         (["convert", "{models}/student", "made"], "config.json: model_type is 'matvlm', expected 'tinyllava'"),
         (["convert", "{models}", "made"], "config.json: cannot read: No such file"),
         (["convert", "{models}/student", "{models}"], "not a new or empty local folder; nothing was written"),

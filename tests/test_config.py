@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from matvlm.config import Recipe, RecipeError, load_recipe, parse_recipe, split_overrides
+from matvlm.config import Recipe
+from matvlm.recipes import RecipeError, load_recipe, parse_recipe, split_overrides
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
 TEACHERS = sorted(RECIPES.glob("teacher-*.yaml"))
@@ -41,7 +42,7 @@ def test_paper_recipes_hold_the_published_settings(name, ratio):
     assert (optimizer.clip_grad_norm, distill.batch_size, distill.epochs) == (0.1, 64, 1)
     assert (distill.schedule.warmup_updates, distill.schedule.decay_updates) == (1000, 1000)
     assert (distill.loss.prob, distill.loss.layer, distill.loss.ce, distill.loss.temperature) == (1, 1, 0, 1)
-    assert distill.loss.layer_inputs == "teacher_forced"
+    assert (distill.loss.layer_inputs, distill.align.updates, distill.loss.ramps) == ("teacher_forced", 0, {})
     assert (recipe.data.max_length, distill.deepspeed.zero_stage, recipe.resources.gpu) == (1428, 2, 4)
 
 
@@ -75,6 +76,11 @@ BAD = {
     "empty list of layers": ("hybrid: {layers: []}", "hybrid.layers", "got []"),
     "unknown init": ("hybrid: {init: identity}", "hybrid.init", "got 'identity'"),
     "compare with itself": ("hybrid: {init: paper, compare_inits: [paper]}", "hybrid", "compare_inits"),
+    "lost comparisons": (
+        "distill: {activation_checkpointing: layers, loss: {layer_inputs: student_forced}}",
+        "distill",
+        "use activation_checkpointing 'mixers'",
+    ),
     "uneven batches": ("distill: {batch_size: 10, micro_batch_size: 4}", "distill", "multiple of micro_batch_size 4"),
     "nothing learnt": ("distill: {loss: {prob: 0, layer: 0, ce: 0}}", "distill.loss", "above 0"),
     "cosine that also decays": (

@@ -12,9 +12,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from matvlm.config import Data, RecipeError, parse_recipe
+from matvlm.config import Data
 from matvlm.data.prepare import open_dataset, prepare, turns_of
 from matvlm.data.rows import DataError
+from matvlm.recipes import RecipeError, parse_recipe
 
 TALK = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "red"}]
 

@@ -12,8 +12,8 @@ import yaml
 from flow_tools import DEBUG, ROOT, TIMED, WITH_DEBUG, FlowProcess, Store, cards, finished_run, run_flow, run_folder
 
 import matvlm
-from matvlm.config import load_recipe
 from matvlm.models.hybrid import mixers
+from matvlm.recipes import load_recipe
 from matvlm.tracking import flatten, resolve_checkpoint, sync
 
 pytestmark = pytest.mark.timeout(900)

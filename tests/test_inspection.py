@@ -15,13 +15,14 @@ from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 from transformers.activations import ACT2FN
 
 from matvlm import cli
-from matvlm.config import Teacher, load_recipe, parse_recipe
+from matvlm.config import Teacher
 from matvlm.costs import cache_bytes, decode_cost, kv_bytes
 from matvlm.init import convert_
 from matvlm.inspection import describe, describe_model, skeleton
 from matvlm.inspection.recipe import count_samples, saved_bytes_per_token
 from matvlm.models import hybrid, locate
 from matvlm.models.small import SmallVLM, build_model, build_tokenizer
+from matvlm.recipes import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
 SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("teacher-*")))
@@ -145,6 +146,15 @@ def test_samples_and_turns_are_the_packages():
         (["distill.max_updates=5"], "63 an epoch, 5 in all"),
         (["distill.schedule.warmup_updates=99"], "warning: warm-up and decay are longer than the run"),
         (["distill.schedule.shape=cosine"], "0 warm-up, 63 down a cosine"),
+        (["distill.align.updates=50"], "first: 50, mixers alone on the teacher's hidden states, learning rate 0.001"),
+        (
+            ["distill.align.updates=50", "distill.max_updates=5"],
+            "then end to end: 4,000 samples / 64 = 63 an epoch, 5 in",
+        ),
+        (
+            ["distill.loss.layer={from: 1, to: 0.1, updates: 30}"],
+            "weight of layer: 1 to 0.1 in 30 updates, then constant",
+        ),
         (["data={source: llava, path: a.json}"], "unknown until data is prepared"),
         (["data={source: llava, path: a.json, max_samples: 640}"], "about 640 samples / 64 = 10 an epoch"),
         (["data={source: llava, path: a.json, max_samples: 640, max_turns: 3}"], "unknown until data is prepared"),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"config", "artifacts", "reporting"},
-    {"storage", "progress", "kernels", "plots"},
+    {"recipes", "storage", "progress", "kernels", "plots"},
     {"models", "data", "snapshots"},
     {"losses", "optimizer"},
     {"init", "teacher", "costs", "alignment"},

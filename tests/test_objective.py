@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from matvlm.config import Loss, RecipeError, parse_recipe
+from matvlm.config import Loss
 from matvlm.data.encoding import IGNORE, Batch
 from matvlm.distill.objective import Cached, Counts, Divisors, Online, logit_losses
 from matvlm.losses import (
@@ -23,6 +23,7 @@ from matvlm.losses import (
     sparse_reverse_kl,
     sparse_teacher_ce,
 )
+from matvlm.recipes import RecipeError, parse_recipe
 
 POSITIONS, WIDTH, VOCABULARY = 10, 32, 40
 DIVISORS = Divisors(positions=7, labels=5, tokens=100)

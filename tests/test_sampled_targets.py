@@ -13,9 +13,10 @@ from tiny_teacher import Teacher
 from torch import Tensor
 
 from matvlm.artifacts import DataManifest
-from matvlm.config import Targets, parse_recipe
+from matvlm.config import Targets
 from matvlm.data.encoding import Encoder
 from matvlm.losses import bucket_logprobs, dense_kl, sampled_kl, sparse_kl
+from matvlm.recipes import parse_recipe
 from matvlm.targets import (
     Identity,
     SampleTargets,

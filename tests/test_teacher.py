@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from matvlm.artifacts import DataManifest
-from matvlm.config import parse_recipe
 from matvlm.data.encoding import IGNORE, Batch
+from matvlm.recipes import parse_recipe
 from matvlm.targets import Identity
 from matvlm.teacher import fingerprint, forward_as, head, kept_hidden, kept_logits
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from matvlm.config import Recipe
 from matvlm.data import packing
@@ -13,14 +13,25 @@ from matvlm.distill.failures import DistillError
 from matvlm.distill.schedule import order
 from matvlm.distill.world import World
 
+Row = TypeVar("Row")
+GROUP = 8
+"""Samples, or rows of packed ones, that the teacher is given together where micro-batches are smaller."""
+
+
+class Group(NamedTuple):
+    """Some samples as one batch, and the same as micro-batches."""
+
+    whole: Batch
+    parts: list[Batch]
+
 
 class Share(NamedTuple):
-    """One process's part of an update: at least one micro-batch, of which the first ``counted`` count.
+    """One process's part of an update: at least one group of micro-batches, of which the first ``counted`` count.
 
     What does not count is there because all processes must make the same number of backward passes.
     """
 
-    batches: list[Batch]
+    groups: list[Group]
     counted: int
     bad: dict[str, str]
     """Samples that could not be loaded, and why."""
@@ -42,26 +53,45 @@ class Feed:
 
         Raises:
             LoadError: as ``matvlm.data.loading.batches`` does.
-            DistillError: the first samples of the run are all unusable.
+            DistillError: this process has no usable sample yet, and the update has none at all.
         """
         settings = self.recipe.distill
         updates = range(first, last + 1)
         rows = (order(len(self.dataset), settings.batch_size, self.recipe.seed, update) for update in updates)
-        spare: Batch | None = None
+        spare: Group | None = None
         own = (everyone[self.world.rank :: self.world.size] for everyone in rows)
-        for loaded in batches(self.dataset, self.encoder, own, settings.workers):
-            made = list(self._micro_batches(loaded.samples))
-            spare = made[-1] if made else spare
-            if spare is None:
-                raise DistillError(f"no usable sample: {'; '.join(loaded.bad.values())}")
+        for update, loaded in zip(updates, batches(self.dataset, self.encoder, own, settings.workers), strict=True):
+            made = list(self._groups(loaded.samples))
+            spare = made[-1] if made else spare or self._borrowed(update)
             yield Share(made or [spare], len(made), loaded.bad)
 
-    def _micro_batches(self, samples: list[Sample]) -> Iterator[Batch]:
-        size = self.recipe.distill.micro_batch_size
+    def _borrowed(self, update: int) -> Group:
+        """Something for a process that has had none yet: of the first sample of ``update`` that can be loaded."""
+        bad: list[str] = []
+        for row in order(len(self.dataset), self.recipe.distill.batch_size, self.recipe.seed, update):
+            for loaded in batches(self.dataset, self.encoder, [[row]], workers=0):
+                if loaded.samples:
+                    return next(self._groups(loaded.samples))
+                bad += loaded.bad.values()
+        raise DistillError(f"no usable sample: {'; '.join(bad)}")
+
+    def _groups(self, samples: list[Sample]) -> Iterator[Group]:
         if self.recipe.distill.packing:
-            rows = packing.pack(samples, self.recipe.data.max_length)
-            made = (packing.collate(rows[start : start + size], self.encoder) for start in range(0, len(rows), size))
+            yield from self._cut(packing.pack(samples, self.recipe.data.max_length), self._packed)
         else:
-            made = (self.encoder.collate(samples[start : start + size]) for start in range(0, len(samples), size))
-        for batch in made:
-            yield batch.pinned() if self.pinned else batch
+            yield from self._cut(samples, self.encoder.collate)
+
+    def _cut(self, rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch]) -> Iterator[Group]:
+        size = self.recipe.distill.micro_batch_size
+        alike = self.recipe.distill.deepspeed.zero_stage == 3  # its processes have to run the same modules in one order
+        several = size if alike else size * max(1, GROUP // size)
+        for first in range(0, len(rows), several):
+            chosen = rows[first : first + several]
+            parts = [self._ready(collate(chosen[start : start + size])) for start in range(0, len(chosen), size)]
+            yield Group(parts[0] if len(parts) == 1 else self._ready(collate(chosen)), parts)
+
+    def _packed(self, rows: Sequence[list[Sample]]) -> Batch:
+        return packing.collate(rows, self.encoder)
+
+    def _ready(self, batch: Batch) -> Batch:
+        return batch.pinned() if self.pinned else batch

@@ -1,4 +1,4 @@
-"""How fast a run is, and what its time goes into."""
+"""How fast a run is, what its time goes into, and what share of a GPU's arithmetic it uses (MFU, arXiv 2204.02311)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,35 @@ import torch
 from matvlm.distill.failures import memory_in_use
 
 PHASES = ("data", "teacher", "student", "backward", "optimizer")
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Part of a GPU's name -> bfloat16 FLOP/s of dense matrix products, from the makers' data sheets; first match holds."""
+
+
+def peak_of(device: str) -> float | None:
+    """FLOP/s that ``device`` could do at most in bfloat16; None where that is not known."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 class Speed:
     """Samples, tokens and the time of each phase since the rates were last asked for."""
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, device: str, processes: int = 1):
+        """``processes`` share the work that is added."""
+        self.device, self.processes = device, processes
+        self.peak = peak_of(device)
+        self.flops_per_token = 0.0
+        """Set by whoever has counted them; only then are they reported."""
         self._restart()
 
     def mark(self, phase: str) -> None:
@@ -30,7 +52,8 @@ class Speed:
     def rates(self) -> dict[str, float]:
         """Rates since the last call, the share of each phase in that time, and the memory in use, in GB.
 
-        The memory is a GPU's peak of allocated tensors, or the process's resident memory.
+        Samples and tokens are those of all processes; shares, ``tflops_per_second`` and ``mfu`` are those of one. The
+        memory is a GPU's peak of allocated tensors, or the process's resident memory.
         """
         spent = self._spent()
         seconds = time.monotonic() - self.started
@@ -39,6 +62,9 @@ class Speed:
             "tokens_per_second": self.tokens / seconds,
             "memory_gb": memory_in_use(self.device) / 1e9,
         }
+        if self.flops_per_token and self.peak:
+            flops = self.flops_per_token * self.tokens / self.processes / seconds
+            rates |= {"tflops_per_second": flops / 1e12, "mfu": flops / self.peak}
         whole = sum(spent.values())
         rates |= {f"share_{phase}": value / whole for phase, value in spent.items() if whole}
         self._restart()

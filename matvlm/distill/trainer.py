@@ -23,6 +23,7 @@ from matvlm.distill.failures import DistillError
 from matvlm.distill.feed import Feed
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
+from matvlm.distill.tracing import tracing
 from matvlm.distill.world import World, join
 from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
@@ -40,6 +41,7 @@ _FREE_TO_CHANGE = (
     "checkpoint_every_updates",
     "keep_checkpoints",
     "log_every_updates",
+    "profile_updates",
     "engine",
     "deepspeed",
     "micro_batch_size",
@@ -132,31 +134,52 @@ def distill(
     total = num_updates(recipe.distill, len(feed.dataset))
     history: list[dict[str, float]] = []
     done = _continue(run, snapshots, history, reporter)
-    with _writing(snapshots, world), Progress(total, f"distill {student.init}", "update", reporter, done) as progress:
-        losses: list[float] = []
-        for update, share in enumerate(feed.shares(done + 1, total), start=done + 1):
-            values = run.update(update, total, share)
-            losses += [values["loss"]] if "loss" in values else []
-            progress.update(1, loss=values.get("loss", "skipped"))
-            if update % recipe.distill.log_every_updates == 0 or update == total:
-                history.append({"update": update, **values})
-                reporter.metrics(values | run.speed.rates(), update)
-            if update % recipe.distill.checkpoint_every_updates == 0 and update < total:
-                snapshots.wait()  # its state is let go of before there is another one
-                state = run.state() | {"history": cpu_copy(history)}
-                if world.is_first:
-                    snapshots.save(update, state, score=sum(losses) / len(losses) if losses else None)
-                losses.clear()
+    progress = Progress(total, f"distill {student.init}", "update", reporter, done)
+    with _writing(snapshots, world), progress:
+        _train(run, feed, snapshots, range(done + 1, total + 1), history, progress, reporter, folder)
     result = student.model_copy(
         update={"uri": str(folder / MODEL), "updates": total, "trained_parameters": run.trained_parameters}
     )
-    if world.is_first:
-        provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
-        hybrid.save(run.student, feed.encoder.processor, folder / MODEL, provenance)
-        _draw(history, folder / "loss_curves.png", reporter)
-        write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
+    with run.engine.whole():
+        if world.is_first:
+            provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
+            hybrid.save(run.student, feed.encoder.processor, folder / MODEL, provenance)
+            _draw(history, folder / "loss_curves.png", reporter)
+            write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
     world.wait()
     return result
+
+
+def _train(
+    run: Run,
+    feed: Feed,
+    snapshots: Snapshots,
+    updates: range,
+    history: list[dict[str, float]],
+    progress: Progress,
+    reporter: Reporter,
+    folder: Path,
+) -> None:
+    """Make ``updates``; adds to ``history`` what is logged."""
+    settings, total = run.recipe.distill, updates.stop - 1
+    traced = settings.profile_updates if run.world.is_first else 0
+    losses: list[float] = []
+    with tracing(traced, folder, run.device, reporter) as trace:
+        for update, share in zip(updates, feed.shares(updates.start, total), strict=True):
+            values = run.update(update, total, share)
+            trace()
+            aligning = update <= settings.align.updates
+            losses += [values["loss"]] if "loss" in values and not aligning else []  # the stages do not compare
+            progress.update(1, loss=values.get("loss", "skipped"), **({"stage": "align"} if aligning else {}))
+            if update % settings.log_every_updates == 0 or update == total:
+                history.append({"update": update, **values})
+                reporter.metrics(values | run.speed.rates(), update)
+            if update % settings.checkpoint_every_updates == 0 and update < total:
+                snapshots.wait()  # its state is let go of before there is another one
+                state = run.state() | {"history": cpu_copy(history)}
+                if run.world.is_first:
+                    snapshots.save(update, state, score=sum(losses) / len(losses) if losses else None)
+                losses.clear()
 
 
 def _open(

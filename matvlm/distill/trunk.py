@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from matvlm.data.encoding import Batch
 from matvlm.distill.known import known
+from matvlm.distill.vision import Vision, vision_tower
 from matvlm.losses import layer_cosine, layer_l2
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
 from matvlm.models.patch import forward_as
@@ -47,7 +48,7 @@ class SharedTrunk:
         }
         connector = find_connector(teacher)
         self.connector = None if connector is None else copy.deepcopy(connector).requires_grad_(False)
-        self.tower = _vision_tower(student)
+        self.tower = vision_tower(student)
         self.compiled = False
         self._check_shared(teacher.state_dict())
 
@@ -74,12 +75,12 @@ class SharedTrunk:
     def compile(self) -> None:
         """Let torch.compile fuse what decoder layers and layer losses do between their matrix products.
 
-        All layers share what is compiled, and lengths and batch sizes may vary. Kernels that are no part of torch stay
-        as they are.
+        All layers share what is compiled, once for the first length and once more, at the second, for all others.
+        Kernels that are no part of torch stay as they are.
         """
         torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
         for module in [*mixers(self.student).values(), *decoder_layers(self.student)]:
-            vars(module)["forward"] = torch.compile(module.forward, dynamic=True)
+            vars(module)["forward"] = torch.compile(module.forward)
         self.compiled = True
 
     @torch.no_grad()
@@ -94,29 +95,9 @@ class SharedTrunk:
             hidden = kept_hidden(teacher, batch)
         return hidden, seen if watched else None
 
-    @contextmanager
-    def shared_vision(self) -> Iterator[None]:
-        """Inside, the vision tower answers the same images with what it answered first: once for teacher and student.
-
-        Exact, as the tower is frozen and the same for both. A tower that has the connector inside runs for each.
-        """
-        if self.tower is None:
-            yield
-            return
-        compute: Any = self.tower.forward
-        known: list[tuple[list[Any], Any]] = []
-
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            given = [*args, *kwargs, *kwargs.values()]
-            for past, output in known:
-                if len(past) == len(given) and all(map(_same, past, given)):
-                    return output
-            output = compute(*args, **kwargs)
-            known.append((given, output))
-            return output
-
-        with forward_as(self.tower, remembered):
-            yield
+    def look(self, batch: Batch) -> Vision:
+        """The vision tower's answers to ``batch``, for teacher and student."""
+        return Vision(self.student, self.tower, batch)
 
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
@@ -145,7 +126,7 @@ class LayerLoss:
         self.trunk, self.batch = trunk, batch
         self.distance = DISTANCES[form]
         if trunk.compiled:
-            self.distance = torch.compile(self.distance, dynamic=True)
+            self.distance = torch.compile(self.distance)
         self.mask = batch.real
 
     def __enter__(self) -> LayerLoss:
@@ -213,22 +194,6 @@ class StudentForced(LayerLoss):
             return output
 
         return run
-
-
-def _vision_tower(model: PreTrainedModel) -> nn.Module | None:
-    """What turns images into features before the connector; None for a text model or where both are one module."""
-    tower: nn.Module = model.get_encoder(modality="image")
-    connector = find_connector(model)
-    if tower in (model, model.base_model) or any(module is connector for module in tower.modules()):
-        return None
-    return tower
-
-
-def _same(past: Any, now: Any) -> bool:
-    """Whether two arguments are equal beyond doubt."""
-    if isinstance(past, Tensor) and isinstance(now, Tensor):
-        return past is now or (past.dtype == now.dtype and torch.equal(past, now))
-    return past is now or (isinstance(past, bool | int | str) and bool(past == now))
 
 
 def _swap_connector(model: PreTrainedModel, present: nn.Module | None, wanted: nn.Module | None) -> None:

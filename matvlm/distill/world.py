@@ -7,12 +7,17 @@ What is exchanged here are counts and losses; gradients are the engine's.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+LONGEST_WAIT = timedelta(days=7)
+"""For the first process's preparations. A process that has gone is noticed before."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,22 @@ class World:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """The plain value that ``make`` returns in the first process, after hours maybe; the others wait for it."""
+        if self.size == 1:
+            return make()
+        group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        made: list[Any] = [make() if self.is_first else None]
+        dist.broadcast_object_list(made, src=0, group=group)
+        dist.destroy_process_group(group)
+        value: Made = made[0]
+        return value
+
+    def leave(self) -> None:
+        """The others, after the last exchange with them."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
 
 def join(device: str) -> tuple[World, str]:

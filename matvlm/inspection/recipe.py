@@ -17,6 +17,7 @@ from torch import nn
 from matvlm import init
 from matvlm.config import Data, Recipe, Targets
 from matvlm.costs import DecodeCost, decode_cost, tensor_bytes
+from matvlm.distill.schedule import num_updates
 from matvlm.inspection.model import count, decode_table, parameter_table, state_table
 from matvlm.inspection.skeleton import Unreachable, build
 from matvlm.inspection.text import heading, size_text, table
@@ -154,14 +155,30 @@ def _memory(recipe: Recipe, model: _Model) -> str:
 
 
 def _updates(recipe: Recipe, samples: int | None) -> str:
+    """A line for each stage, and one for each weight that changes."""
+    distill, stages = recipe.distill, []
+    if distill.align.updates:
+        stages.append(
+            f"alignment first: {distill.align.updates:,}, mixers alone on the teacher's hidden states, learning rate "
+            f"{distill.align.lr:g}"
+        )
+    stages.append(("then end to end: " if stages else "") + _end_to_end(recipe, samples))
+    weights = [
+        f"weight of {name}: {ramp.start:g} to {ramp.to:g} in {ramp.updates:,} updates, then constant"
+        for name, ramp in distill.loss.ramps.items()
+    ]
+    return "\n".join([*stages, *weights])
+
+
+def _end_to_end(recipe: Recipe, samples: int | None) -> str:
     distill = recipe.distill
     limit = distill.max_updates
     if samples is None:
         bound = f"; at most {limit:,} (distill.max_updates)" if limit else ""
         return f"unknown until data is prepared: one per {distill.batch_size} samples{bound}"
     per_epoch = math.ceil(samples / distill.batch_size)
-    total = min(per_epoch * distill.epochs, limit or per_epoch * distill.epochs)
-    schedule = recipe.distill.schedule
+    total = num_updates(distill, samples) - distill.align.updates
+    schedule = distill.schedule
     stable = total - schedule.warmup_updates - schedule.decay_updates
     about = "about " if recipe.data.max_samples else ""
     cosine = schedule.shape == "cosine"

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -30,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from matvlm.config import Recipe
 from matvlm.data.encoding import IGNORE, Batch
-from matvlm.distill.feed import Share
+from matvlm.distill.feed import GROUP, Group, Share
 from matvlm.distill.run import Run
+from matvlm.distill.speed import PHASES
 from matvlm.init import convert_
 from matvlm.models.hybrid import mixers
 from matvlm.models.layers import choose_layers
@@ -84,6 +87,19 @@ def collate(chosen: list[dict[str, Tensor]], first: int) -> Batch:
     return Batch(names, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, labels)
 
 
+def groups(data: list[dict[str, Tensor]], size: int, device: str) -> Iterator[Group]:
+    """``data`` as ``Feed`` hands it out."""
+
+    def batch(first: int, count: int) -> Batch:
+        made = collate(data[first : first + count], first)
+        return made.pinned() if device == "cuda" else made
+
+    several = size * max(1, GROUP // size)
+    for first in range(0, len(data), several):
+        parts = [batch(start, size) for start in range(first, min(first + several, len(data)), size)]
+        yield Group(parts[0] if several == size else batch(first, several), parts)
+
+
 class Reference:
     """The published procedure, in a few lines and without its data pipeline."""
 
@@ -133,7 +149,7 @@ class Reference:
 
 
 def recipe(
-    batch: int, size: int, layer_inputs: str, targets: str, checkpointing: str, options: argparse.Namespace
+    size: int, layer_inputs: str, targets: str, checkpointing: str, compiled: bool, options: argparse.Namespace
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -142,18 +158,27 @@ def recipe(
             "hybrid": {"kernels": options.kernels},
             "distill": {
                 "engine": options.engine,
-                "batch_size": batch,
+                "batch_size": options.batch,
                 "micro_batch_size": size,
                 "autocast": "bfloat16",
                 "activation_checkpointing": checkpointing,
+                "compile": compiled,
                 "loss": {"layer_inputs": layer_inputs, "targets": targets},
             },
         }
     )
 
 
-def timed(step: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:
-    """Median seconds of ``repeats`` calls after one more, and the peak of allocated memory in GiB."""
+class Measured(NamedTuple):
+    seconds: float
+    """Median of an update."""
+    peak: float
+    """Of allocated memory, GiB; and what stays allocated between updates."""
+    fixed: float
+
+
+def timed(step: Callable[[], Any], repeats: int, device: str) -> Measured:
+    """``repeats`` calls, after one more."""
     step()
     cuda = device == "cuda"
     if cuda:
@@ -166,7 +191,8 @@ def timed(step: Callable[[], Any], repeats: int, device: str) -> tuple[float, fl
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    peak, fixed = (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()) if cuda else (0, 0)
+    return Measured(statistics.median(times), peak / 2**30, fixed / 2**30)
 
 
 def main() -> None:
@@ -177,12 +203,13 @@ def main() -> None:
     parser.add_argument("--init", default="aligned", choices=["aligned", "paper"])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--checkpointing", nargs="+", default=["mixers"])
+    parser.add_argument("--compile", nargs="+", default=["on"], choices=["on", "off"])
     parser.add_argument("--losses", nargs="+", default=["teacher_forced/cached", "student_forced/cached"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="samples an update")
     parser.add_argument("--tokens", type=int, default=900)
     parser.add_argument("--skip-reference", action="store_true")
-    parser.add_argument("--trace", type=Path, help="a folder for tables of the slowest kernels of one update")
+    parser.add_argument("--trace", type=Path, help="a folder for tables of the slowest kernels of one micro-batch")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     tokens = 200 if options.tiny else options.tokens
@@ -190,20 +217,28 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else device}; torch {torch.__version__}, transformers "
           f"{transformers.__version__}; kernels {options.kernels}, engine {options.engine}, init {options.init}; "
           f"{options.batch} samples an update, {tokens} tokens +- 5 %; median of {options.repeats}\n")  # fmt: skip
-    print("| procedure | micro-batch | samples/s | ms a sample | peak GiB | teacher | student | backward | optimizer |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    heads = ["procedure", "micro-batch", "samples/s", "ms a sample", "peak GiB", "between updates", "MFU", *PHASES]
+    print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}", flush=True)
     teacher = build_teacher(options.tiny, device)
     data = samples(teacher, options.batch, tokens)
-    cut = {
-        size: [collate(data[i : i + size], i) for i in range(0, options.batch, size)] for size in options.micro_batches
-    }
+    cut = {size: list(groups(data, size, device)) for size in options.micro_batches}
 
-    def row(name: str, size: int, seconds: float, peak: float, shares: dict[str, float]) -> None:
-        spent = [shares.get(f"share_{phase}", 0.0) for phase in ("teacher", "student", "backward", "optimizer")]
-        cells = [f"{value:.0%}" if shares else "" for value in spent]
-        print(f"| {name} | {size} | {options.batch / seconds:.1f} | {seconds / options.batch * 1e3:.1f} | {peak:.1f} | "
-              f"{' | '.join(cells)} |", flush=True)  # fmt: skip
+    def row(name: str, size: int, found: Measured, rates: dict[str, float]) -> None:
+        spent = [f"{rates[f'share_{phase}']:.0%}" if rates else "" for phase in PHASES]
+        mfu = f"{rates['mfu']:.0%}" if "mfu" in rates else ""
+        figures = [f"{options.batch / found.seconds:.1f}", f"{found.seconds / options.batch * 1e3:.1f}"]
+        figures += [f"{found.peak:.1f}", f"{found.fixed:.1f}", mfu]
+        print(f"| {name} | {size} | {' | '.join([*figures, *spent])} |", flush=True)
 
+    for losses, checkpointing, compiled in itertools.product(options.losses, options.checkpointing, options.compile):
+        for size, made in cut.items():
+            layer_inputs, targets = losses.split("/")
+            settings = recipe(size, layer_inputs, targets, checkpointing, compiled == "on", options)
+            name = f"{layer_inputs}, {targets}, checkpointing {checkpointing}, compile {compiled}"
+            traced = options.trace and options.trace / f"{name} {size}.txt".replace(", ", "-").replace(" ", "-")
+            started = time.perf_counter()
+            row(f"ours, {name}", size, *ours(teacher, settings, made, options, traced))
+            print(f"that took {time.perf_counter() - started:.0f} s, compiling included", file=sys.stderr)
     if not options.skip_reference:
         student = copy.deepcopy(teacher)
         layers = choose_layers(teacher.config.text_config.num_hidden_layers, 0.25)
@@ -213,54 +248,44 @@ def main() -> None:
             model.model.vision_tower.to("cpu")
         reference = Reference(teacher, student, options.kernels)
         width = teacher.config.text_config.hidden_size
-        for size, batches in cut.items():
-            there = [batch.to(device) for batch in batches]
+        for size, made in cut.items():
+            there = [part.to(device) for group in made for part in group.parts]
             count = int((there[0].inputs["input_ids"][0] == IMAGE_TOKEN).sum())
             features = torch.randn(size, count, width, device=device, dtype=torch.bfloat16)
-            seconds, peak = timed(lambda there=there, features=features: reference.update(there, features),
-                                  options.repeats, device)  # fmt: skip
-            row("reference procedure", size, seconds, peak, {})
-        del reference, student
-        teacher.model.vision_tower.to(device)
-    for losses in options.losses:
-        for checkpointing in options.checkpointing:
-            for size, batches in cut.items():
-                layer_inputs, targets = losses.split("/")
-                settings = recipe(options.batch, size, layer_inputs, targets, checkpointing, options)
-                traced = options.trace and options.trace / f"{layer_inputs}-{targets}-{checkpointing}-{size}.txt"
-                seconds, peak, shares = ours(teacher, settings, batches, options, traced)
-                row(f"ours, {layer_inputs}, {targets}, checkpointing {checkpointing}", size, seconds, peak, shares)
+            found = timed(lambda there=there, features=features: reference.update(there, features),
+                          options.repeats, device)  # fmt: skip
+            row("reference procedure", size, found, {})
 
 
 def ours(
-    teacher: Any, settings: Recipe, batches: list[Batch], options: argparse.Namespace, traced: Path | None
-) -> tuple[float, float, dict[str, float]]:
-    """Seconds of an update, GiB at its peak and what its time goes into."""
+    teacher: Any, settings: Recipe, groups: list[Group], options: argparse.Namespace, traced: Path | None
+) -> tuple[Measured, dict[str, float]]:
+    """An update of ours, and what its time goes into."""
     student, original = copy.deepcopy(teacher), copy.deepcopy(teacher)
     convert_(student, choose_layers(teacher.config.text_config.num_hidden_layers, 0.25), options.init, chunk_size=256)
     store: Any = Drawn({str(number): ANSWER for number in range(options.batch)})
     run = Run(settings, options.device, student, original, store)
     del original
+    gc.collect()
     numbers = iter(range(1, 1000))
 
     def step() -> None:
-        run.update(next(numbers), 1000, Share(batches))
+        run.update(next(numbers), 1000, Share(groups, len(groups), {}))
 
     step()
     if traced:
-        trace(step, traced, options.device)
+        trace(lambda: run.update(next(numbers), 1000, Share(groups[:1], 1, {})), traced, options.device)
     run.speed.rates()
-    seconds, peak = timed(step, options.repeats, options.device)
+    found = timed(step, options.repeats, options.device)
     # ``teacher`` itself is there for the next row; no run needs it.
-    spare = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    return seconds, peak - spare / 2**30, run.speed.rates()
+    spare = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 2**30
+    return found._replace(peak=found.peak - spare, fixed=found.fixed - spare), run.speed.rates()
 
 
 def trace(step: Callable[[], Any], path: Path, device: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as profiler:
         step()
     key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from matvlm.artifacts import Checkpoint, DataManifest
-from matvlm.config import Recipe, load_recipe
+from matvlm.config import Recipe
 from matvlm.data.prepare import open_dataset, prepare
 from matvlm.distill import init_student
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates
 from matvlm.models import locate
+from matvlm.recipes import load_recipe
 from matvlm.targets import TargetJob, open_targets
 
 RECIPE = Path(__file__).resolve().parents[2] / "flows" / "recipes" / "easyvqa.yaml"
