@@ -347,8 +347,8 @@ class Distill(Section):
     def _comparisons_are_kept(self) -> Distill:
         if self.activation_checkpointing == "layers" and self.loss.layer and self.loss.layer_inputs == "student_forced":
             raise ValueError(
-                "activation_checkpointing 'layers' would lose what loss.layer_inputs 'student_forced' compares inside of "
-                "them: use activation_checkpointing 'mixers'"
+                "activation_checkpointing 'layers' would lose what loss.layer_inputs 'student_forced' compares inside "
+                "of them: use activation_checkpointing 'mixers'"
             )
         return self
 
