@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from s3_server import BUCKET, empty_bucket, serve, variables
@@ -159,7 +160,8 @@ def test_remains_stay_until_a_writer_comes(context: ForkServerContext, tmp_path:
         os.kill(process.pid or 0, signal.SIGCONT)
         time.sleep(0.003)
         os.kill(process.pid or 0, signal.SIGSTOP)
-        time.sleep(0.01)
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
     with Snapshots(tmp_path, IDENTITY):
         assert remains(tmp_path), "the writer lives"
     kill(process)
