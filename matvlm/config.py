@@ -330,7 +330,8 @@ class Distill(Section):
     keep_checkpoints: Count = 2
     """The newest so many, and the one before which the loss was lowest."""
     snapshots: str | None = None
-    """Where they are kept, also on ``s3://``; null: with the run's other files."""
+    """Where they are kept, also on ``s3://``: in a folder named by the last three parts of the run's own, such as
+    ``NAME/distill/aligned``. Null: with the run's other files."""
     log_every_updates: Count = 10
     profile_updates: Annotated[int, Field(ge=0)] = 0
     """Trace so many updates, from the third on, with torch's profiler, into ``trace.json.gz``."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3_server
 import torch
 
 
@@ -30,3 +31,17 @@ def tiny_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may hold a file open
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of an S3 server on loopback."""
+    with s3_server.serve() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, tmp_path: Path) -> Iterator[str]:
+    """The URI of an empty bucket there, which this process and those it starts can reach."""
+    with s3_server.empty_bucket(s3_endpoint, tmp_path / "cache") as uri:
+        yield uri

@@ -41,11 +41,11 @@ def empty_bucket(endpoint: str, cache: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables(endpoint, cache).items():
             patch.setenv(name, value)
-        s3._client.cache_clear()
+        s3._client_of.cache_clear()
         client = s3._client()
         client.create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}"
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             for item in page.get("Contents", []):
                 client.delete_object(Bucket=BUCKET, Key=item["Key"])
-        s3._client.cache_clear()
+        s3._client_of.cache_clear()

@@ -6,19 +6,18 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from s3_server import BUCKET
 
 from matvlm.config import Data
-from matvlm.data import files
 from matvlm.data.images import ImageFolder, read_image
 from matvlm.data.prepare import open_dataset, prepare
 from matvlm.data.rows import BadSample, DataError
-from matvlm.storage import StorageError
+from matvlm.storage import StorageError, read_bytes, s3
 
 COLORS = {"a.png": (255, 0, 0), "deep/b.png": (0, 255, 0), "c.png": (0, 0, 255)}
 
@@ -57,34 +56,10 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def client(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Of a server with the empty bucket ``data``."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    files._client.cache_clear()
-    client = files._client(os.getpid())
-    client.create_bucket(Bucket="data")
-    yield client
-    for item in client.list_objects_v2(Bucket="data").get("Contents", []):
-        client.delete_object(Bucket="data", Key=item["Key"])
-    files._client.cache_clear()
+def client(bucket: str) -> Any:
+    """Of a server with an empty bucket."""
+    return s3._client()
 
 
 @pytest.mark.parametrize("place", ["", "images-{000..001}.tar", "images-*.tar", "images-00[01].tar"])
@@ -162,20 +137,20 @@ def test_unusable_archives_are_refused_by_name(tmp_path: Path, shards: Path) -> 
 
 def test_everything_may_be_in_s3(tmp_path: Path, shards: Path, client: Any) -> None:
     names = ["c.png", "deep/b.png", "a.png"]
-    client.upload_file(str(write_talk(tmp_path / "talk.json", [*names, "absent.png"])), "data", "sets/talk.json")
+    client.upload_file(str(write_talk(tmp_path / "talk.json", [*names, "absent.png"])), BUCKET, "sets/talk.json")
     for name, color in COLORS.items():
-        client.put_object(Bucket="data", Key=f"loose/{name}", Body=png(color))
+        client.put_object(Bucket=BUCKET, Key=f"loose/{name}", Body=png(color))
     for shard in shards.iterdir():
-        client.upload_file(str(shard), "data", f"tars/{shard.name}")
+        client.upload_file(str(shard), BUCKET, f"tars/{shard.name}")
     places = [
-        "s3://data/loose",
-        "s3://data/tars/",
-        "s3://data/tars/images-{000..001}.tar",
-        "s3://data/tars/images-*.tar",
+        "s3://matvlm-test/loose",
+        "s3://matvlm-test/tars/",
+        "s3://matvlm-test/tars/images-{000..001}.tar",
+        "s3://matvlm-test/tars/images-*.tar",
     ]
     prints = set()
     for number, place in enumerate(places):
-        data = Data(source="llava", path="s3://data/sets/talk.json", image_folder=place, max_bad_share=0.25)
+        data = Data(source="llava", path="s3://matvlm-test/sets/talk.json", image_folder=place, max_bad_share=0.25)
         out = tmp_path / str(number)
         assert colors(data, out) == [COLORS[name] for name in names]
         manifest = prepare(data, 0, out)
@@ -187,20 +162,20 @@ def test_everything_may_be_in_s3(tmp_path: Path, shards: Path, client: Any) -> N
 
 
 def test_an_archive_in_s3_is_read_by_ranges(tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK", 4096)
+    monkeypatch.setattr("matvlm.storage.BLOCK", 4096)
     contents = {f"{n}.bin": os.urandom(50_000 + n) for n in range(20)}
     write_tar(tmp_path / "big.tar", contents)
-    client.upload_file(str(tmp_path / "big.tar"), "data", "big.tar")
+    client.upload_file(str(tmp_path / "big.tar"), BUCKET, "big.tar")
     fetched: list[int] = []
-    real = files._read_object
+    real = s3.read
 
-    def counting(uri: str, offset: int, size: int | None) -> bytes:
+    def counting(uri: str, offset: int = 0, size: int | None = None) -> bytes:
         content = real(uri, offset, size)
         fetched.append(len(content))
         return content
 
-    monkeypatch.setattr(files, "_read_object", counting)
-    folder = ImageFolder("s3://data/big.tar")
+    monkeypatch.setattr(s3, "read", counting)
+    folder = ImageFolder("s3://matvlm-test/big.tar")
     assert sum(fetched) < 25 * 2 * 4096, "headers only, of a file of a million bytes"
     fetched.clear()
     for name, content in contents.items():
@@ -211,7 +186,7 @@ def test_an_archive_in_s3_is_read_by_ranges(tmp_path: Path, client: Any, monkeyp
 def test_a_broken_answer_is_asked_for_again(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from botocore.exceptions import ResponseStreamingError
 
-    client.put_object(Bucket="data", Key="x", Body=b"content")
+    client.put_object(Bucket=BUCKET, Key="x", Body=b"content")
     real, failures = client.get_object, []
 
     class Torn:
@@ -219,19 +194,19 @@ def test_a_broken_answer_is_asked_for_again(client: Any, monkeypatch: pytest.Mon
             failures.append(1)
             raise ResponseStreamingError(error="connection broken")
 
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(s3.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(client, "get_object", lambda **key: {"Body": Torn()} if len(failures) < 2 else real(**key))
-    assert files.read("s3://data/x") == b"content"
+    assert read_bytes("s3://matvlm-test/x") == b"content"
     assert len(failures) == 2
     monkeypatch.setattr(client, "get_object", lambda **key: {"Body": Torn()})
-    with pytest.raises(StorageError, match=r"s3://data/x: cannot read: .*connection broken"):
-        files.read("s3://data/x")
+    with pytest.raises(StorageError, match=r"s3://matvlm-test/x: cannot read: .*connection broken"):
+        read_bytes("s3://matvlm-test/x")
 
 
 def test_trouble_with_s3_is_no_bad_sample(tmp_path: Path, client: Any) -> None:
     talk = write_talk(tmp_path / "talk.json", ["a.png"])
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/images: cannot list: .*NoSuchBucket"):
         prepare(Data(source="llava", path=str(talk), image_folder="s3://no-such-bucket/images"), 0, tmp_path / "out")
-    with pytest.raises(DataError, match=r"s3://data/none\.json: cannot read the conversations .*no such object as"):
-        prepare(Data(source="llava", path="s3://data/none.json"), 0, tmp_path / "out")
+    with pytest.raises(DataError, match=r"s3://matvlm-test/none\.json: cannot read the conversations .*NoSuchKey"):
+        prepare(Data(source="llava", path="s3://matvlm-test/none.json"), 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()

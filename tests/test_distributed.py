@@ -61,7 +61,7 @@ def two(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(stage.recipe.model_dump(mode="json")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(HERE / "distributed_cases.py"), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]
     (folder / "output.txt").write_text(done.stdout)
     return folder

@@ -106,7 +106,7 @@ def train(
             loss = (model(x) - x.sum(1, keepdim=True)).square().sum() / 4
             engine.backward(loss, last=number == MICRO_BATCHES)
             total += float(loss.detach())
-        seen.append((world.sums([total])[0], engine.step(RATES[update])))
+        seen.append((sum(world.gather(total)), engine.step(RATES[update])))
     return seen
 
 

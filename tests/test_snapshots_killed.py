@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -21,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from s3_server import BUCKET, empty_bucket, serve, variables
+from s3_server import BUCKET, variables
 
 from matvlm import storage
 from matvlm.snapshots import RECORD, STATE, SnapshotError, Snapshots
@@ -171,18 +170,6 @@ def test_remains_stay_until_a_writer_comes(context: ForkServerContext, tmp_path:
         assert not remains(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve() as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(endpoint: str, tmp_path: Path) -> Iterator[str]:
-    with empty_bucket(endpoint, tmp_path / "cache") as uri:
-        yield uri
-
-
 def unfinished() -> list[str]:
     """Keys that parts were sent for and that are not there."""
     return [upload["Key"] for upload in s3._client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
@@ -191,7 +178,7 @@ def unfinished() -> list[str]:
 @pytest.mark.parametrize("moment", ["partNumber=2", f"{STATE}?uploadId", RECORD])
 def test_s3_kill_9_in_an_upload_leaves_the_one_before(
     context: ForkServerContext,
-    endpoint: str,
+    s3_endpoint: str,
     bucket: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -202,7 +189,7 @@ def test_s3_kill_9_in_an_upload_leaves_the_one_before(
         for update in (1, 2):
             store.save(update, state(update))
     assert os.listdir(cache) == []
-    environment = variables(endpoint, cache)
+    environment = variables(s3_endpoint, cache)
     process, _ = start(context, stop_in_an_upload, folder, environment, moment=moment)
     kill(process)
     whole = moment == RECORD
@@ -221,8 +208,8 @@ def test_s3_kill_9_in_an_upload_leaves_the_one_before(
     assert ("update-000003 is unfinished" in caplog.text) == whole
 
 
-def test_s3_kill_9_at_random_moments(context: ForkServerContext, endpoint: str, bucket: str, tmp_path: Path) -> None:
-    environment = variables(endpoint, tmp_path / "cache")
+def test_s3_kill_9_at_random_moments(context: ForkServerContext, s3_endpoint: str, bucket: str, tmp_path: Path) -> None:
+    environment = variables(s3_endpoint, tmp_path / "cache")
     kill_again_and_again(context, storage.join(bucket, "run"), environment, kills=6, longest=S3_LIFE)
     assert not unfinished()
 
@@ -249,7 +236,7 @@ def test_s3_out_of_reach_is_an_error_and_no_start_from_nothing(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
-    s3._client.cache_clear()
+    s3._client_of.cache_clear()
     with pytest.raises(StorageError, match="s3://matvlm-test/run: cannot list: Could not connect"):
         Snapshots(storage.join(bucket, "run"), IDENTITY).latest()
     with pytest.raises(StorageError, match="Could not connect"), Snapshots(f"{bucket}/run", IDENTITY) as store:

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from s3_server import BUCKET, empty_bucket, serve
+from s3_server import BUCKET
 from safetensors.torch import save_file
 
 from matvlm import storage
@@ -228,18 +228,6 @@ def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert storage.sha256_file(tmp_path / "file") == known
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    with serve() as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(s3_endpoint: str, tmp_path: Path) -> Iterator[str]:
-    with empty_bucket(s3_endpoint, tmp_path / "cache") as uri:
-        yield uri
 
 
 def test_s3_files(bucket: str) -> None:

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from tiny_distill import Stage, make_stage
 from matvlm import storage
 from matvlm.cli import main
 from matvlm.data.prepare import open_dataset
-from matvlm.storage import s3
 from matvlm.targets import open_targets, read_manifest
 
 FILES = {"manifest.json", *(f"shard-0000{n}-of-00003.{suffix}" for n in range(3) for suffix in ("json", "safetensors"))}
@@ -102,24 +100,6 @@ def test_the_gradients_of_both_schemes(recipe: str, capsys: pytest.CaptureFixtur
     assert f"on 8 samples, {report['num_positions']} positions" in out, "two batches of four"
     identity = read_manifest("runs/tiny/targets").identity
     assert (identity.scheme, identity.samples, identity.positions) == ("topk_sampled", 2, "text")
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "us-east-1"}
-    for name, value in {**settings, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("MATVLM_CACHE", str(tmp_path / "cache"))
-    s3._client.cache_clear()
-    s3._client().create_bucket(Bucket="matvlm-targets")
-    yield "s3://matvlm-targets"
-    s3._client.cache_clear()
-    server.stop()
 
 
 def test_a_store_on_s3(stage: Stage, recipe: str, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:

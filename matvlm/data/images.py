@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from matvlm.data import files
 from matvlm.data.rows import BadSample, DataError, StoredImage
-from matvlm.storage import StorageError
+from matvlm.storage import MissingError, StorageError, join, list_names, open_file, read_bytes
 
 TAR = "tar:"
 ARCHIVES_AT_ONCE = 8
@@ -65,7 +64,7 @@ class ImageFolder:
         elif self.folder is None:
             raise BadSample("missing image", f"{where}: no archive of {self.place} has the member {name!r}")
         else:
-            path = files.join(self.folder, name)
+            path = _join(self.folder, name)
         return {"bytes": None, "path": path}
 
 
@@ -79,14 +78,12 @@ def read_image(image: StoredImage, where: str) -> bytes:
     if image["bytes"] is not None:
         return image["bytes"]
     path = image["path"] or ""
+    part = json.loads(path.removeprefix(TAR))[:3] if path.startswith(TAR) else [path]
     try:
-        if not path.startswith(TAR):
-            return files.read(path)
-        archive, offset, size, _ = json.loads(path.removeprefix(TAR))
-        return files.read(archive, offset, size)
-    except StorageError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        return read_bytes(*part)
+    except (StorageError, ValueError) as error:  # ValueError: a name with a null byte
+        if _out_of_reach(part[0], error):
+            raise
         raise BadSample("missing image", f"{where}: {name_of(image)}: {error}") from None
 
 
@@ -114,15 +111,25 @@ def name_of(image: StoredImage) -> str:
     return path or "its image"
 
 
+def _join(folder: str, name: str) -> str:
+    """The file ``name`` of ``folder``; a local one as an absolute path."""
+    return join(folder, name) if folder.startswith("s3://") else str((Path(folder) / name).absolute())
+
+
+def _out_of_reach(uri: str, error: Exception) -> bool:
+    """Whether S3 is what is wrong, and not what was asked for."""
+    return uri.startswith("s3://") and isinstance(error, StorageError) and not isinstance(error, MissingError)
+
+
 def _archives_in(folder: str) -> list[str]:
     """The archives directly in ``folder``; none, also where there is no folder: each of its images will be missing."""
     try:
-        found = files.names(folder)
-    except StorageError:
-        raise
-    except OSError:
+        found = list_names(folder)
+    except StorageError as error:
+        if _out_of_reach(folder, error):
+            raise
         return []
-    archives = [files.join(folder, name) for name in found if name.lower().endswith((".tar", *_COMPRESSED))]
+    archives = [_join(folder, name) for name in found if name.lower().endswith((".tar", *_COMPRESSED))]
     return _uncompressed(archives)
 
 
@@ -133,14 +140,10 @@ def _archives_of(pattern: str) -> list[str]:
     for one in _numbers_in(name):
         wildcard = any(mark in one for mark in "*?[")
         try:
-            archives += (
-                [files.join(folder, found) for found in files.names(folder or ".", one)]
-                if wildcard
-                else [files.join(folder, one)]
-            )
-        except StorageError:
-            raise
-        except OSError as error:
+            archives += [_join(folder, found) for found in (list_names(folder or ".", one) if wildcard else [one])]
+        except StorageError as error:
+            if _out_of_reach(folder, error):
+                raise
             raise DataError(f"{pattern}: cannot read the folder of data.image_folder: {error}") from None
     if not archives:
         raise DataError(f"{pattern}: no file fits this pattern (data.image_folder)")
@@ -186,11 +189,11 @@ def _index(archives: list[str]) -> dict[str, Part]:
 
 def _members(archive: str) -> Iterator[tuple[str, Part]]:
     try:
-        with files.open_file(archive) as file:
+        with open_file(archive) as file:
             yield from _headers(archive, file)
-    except StorageError:
-        raise
     except (OSError, tarfile.TarError) as error:
+        if _out_of_reach(archive, error):
+            raise
         raise DataError(f"{archive}: cannot be read as an uncompressed tar (data.image_folder): {error}") from None
 
 

@@ -5,8 +5,8 @@ would copy whatever locks its threads hold at that moment (MLflow's, boto3's, NC
 state; spawning would import everything once a worker, which takes seconds. A script that loads with workers needs the
 usual ``if __name__ == "__main__"``: they import it.
 
-Token ids are not stored with the data: tokenising takes 0.3 ms a sample, a fifth of what encoding a 64 x 64 image of
-easy-VQA takes and 4 % of what one of 384 x 384 pixels does, and an encoder remembers it while its process lives.
+Token ids are not stored with the data: tokenising takes little beside decoding and scaling an image, and an encoder
+remembers it while its process lives.
 """
 
 from __future__ import annotations

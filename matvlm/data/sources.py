@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 from matvlm.config import Data
-from matvlm.data import files
 from matvlm.data.hub import hub_entries
 from matvlm.data.images import ImageFolder, read_image
 from matvlm.data.rows import BadSample, DataError, Entry, Row, is_unicode, turns_in, without_image
+from matvlm.storage import read_bytes
 
 
 def entries(data: Data) -> list[Entry]:
@@ -59,7 +59,7 @@ def _llava(path: str, image_folder: str | None) -> list[Entry]:
 def _read_json(path: str) -> list[Any]:
     """The samples of a JSON list or of a JSONL file, where a malformed line becomes a ``BadSample`` to raise later."""
     try:
-        text = files.read(path).decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the conversations (data.path): {error}") from None
     if path.endswith(".jsonl"):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from matvlm.config import Distill
-from matvlm.distill.engine import MOMENTS, TorchEngine
+from matvlm.distill.engine import MOMENTS, TorchEngine, set_rate
 from matvlm.distill.trunk import SharedTrunk
 from matvlm.distill.world import World
 from matvlm.models.hybrid import decoder_layers, find_connector
@@ -85,10 +85,20 @@ def _initialize(
     return engine, optimizer
 
 
-class PlainEngine(TorchEngine):
-    """ZeRO stage 0: every process has everything, and DeepSpeed averages the gradients."""
+class _Backward:
+    """What all stages have in common: ``name``, and that DeepSpeed takes the mean of the processes' gradients."""
 
     name = "deepspeed"
+    engine: Any
+    world: World
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+
+class PlainEngine(_Backward, TorchEngine):
+    """ZeRO stage 0: every process has everything, and DeepSpeed averages the gradients."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, device: str, world: World):
         self.parameters, self.settings, self.world = parameters, settings, world
@@ -97,13 +107,8 @@ class PlainEngine(TorchEngine):
             nn.ParameterList(parameters.values()), parameters, settings, device, world, clip=0.0
         )
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it takes the mean over processes
-
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.optimizer.clip_grad_norm))
         if math.isfinite(norm):
             self.engine.step()
@@ -111,10 +116,8 @@ class PlainEngine(TorchEngine):
         return norm
 
 
-class ZeroEngine:
+class ZeroEngine(_Backward):
     """ZeRO stages 1 and 2, which are given the trained parameters alone."""
-
-    name = "deepspeed"
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill, device: str, world: World):
         self._start(nn.ParameterList(parameters.values()), parameters, settings, device, world)
@@ -126,13 +129,8 @@ class ZeroEngine:
         clip = settings.optimizer.clip_grad_norm
         self.engine, self.optimizer = _initialize(module, parameters, settings, device, world, clip)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it takes the mean over processes
-
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.engine.step()  # ZeRO itself drops a gradient whose norm is not finite, and then gives that as inf
         return float(self.engine.get_global_grad_norm())
 

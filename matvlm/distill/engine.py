@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,12 @@ def make_engine(
     return TorchEngine(parameters, settings, world or World())
 
 
+def set_rate(optimizer: Any, lr: float) -> None:
+    """``lr`` is the learning rate of all groups from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class TorchEngine:
     name = "torch"
 
@@ -89,8 +95,7 @@ class TorchEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         if self.world.size > 1:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:

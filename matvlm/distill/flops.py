@@ -15,7 +15,8 @@ from matvlm.distill.step import Steps
 def flops_per_token(steps: Steps, group: Group, settings: Loss) -> float:
     """Floating-point operations for a real token of ``group``: matrix products and attention, forward and backward.
 
-    Counted while its first micro-batch runs once, which changes nothing. The scan's own kernels are not counted.
+    Counted while its first micro-batch runs once, which changes nothing. What ``activation_checkpointing`` computes
+    anew is counted, the scan's own kernels are not.
     """
     part = group.parts[0]
     alone = Group(part, [part])

@@ -81,7 +81,8 @@ class Run:
             self.trunk.compile()
         self.trained_parameters = sum(parameter.numel() for parameter in trained.values())
         aligned = {id(parameter) for mixer in hybrid.mixers(student).values() for parameter in mixer.parameters()}
-        self.unaligned = cpu_copy({name: value for name, value in trained.items() if id(value) not in aligned})
+        rest = {name: value for name, value in trained.items() if id(value) not in aligned}
+        self.unaligned = cpu_copy(rest) if recipe.distill.align.updates else {}
         self.engine = make_engine(trained, recipe.distill, device, self.world, shareable(self.trunk))
         self.skipped = Skipped(recipe.distill.max_skipped_updates)
         self.unusable = Unusable(most_unusable)

@@ -1,4 +1,8 @@
-"""How fast a run is, what its time goes into, and what share of a GPU's arithmetic it uses (MFU, arXiv 2204.02311)."""
+"""How fast a run is, what its time goes into, and what share of a GPU's arithmetic it uses.
+
+That share is MFU as arXiv 2204.02311 has it, as long as nothing is computed anew (``activation_checkpointing``): that
+is counted too, and then it is the hardware's utilisation, HFU there.
+"""
 
 from __future__ import annotations
 

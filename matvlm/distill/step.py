@@ -32,13 +32,18 @@ class Pass(NamedTuple):
 
 
 def compares_logits(settings: Loss) -> bool:
+    """Whether the student's logits are compared with the teacher's."""
     return bool(settings.prob or settings.ce_teacher or settings.logits_l2)
 
 
 def runs_student(settings: Loss) -> bool:
     """Whether the whole student has to run, and not only its mixers on what the teacher's attentions saw."""
-    student_forced = settings.layer and settings.layer_inputs == "student_forced"
-    return compares_logits(settings) or bool(settings.ce or student_forced)
+    return compares_logits(settings) or bool(settings.ce) or student_forces(settings)
+
+
+def student_forces(settings: Loss) -> bool:
+    """Whether mixers are compared with attentions on the student's own states."""
+    return bool(settings.layer) and settings.layer_inputs == "student_forced"
 
 
 def teacher_forces(settings: Loss) -> bool:
@@ -112,8 +117,8 @@ class Steps:
         return Cached(token_ids, logprobs, tail, None if drawn is None else drawn.to(self.device))
 
     def _student(self, part: Batch, teacher: TeacherSide | None, divisors: Divisors, settings: Loss) -> Pass:
-        student_forced = settings.layer and settings.layer_inputs == "student_forced"
-        layer_loss = self.trunk.layer_loss(part, "student_forced", settings.layer_form) if student_forced else None
+        forced = student_forces(settings)
+        layer_loss = self.trunk.layer_loss(part, "student_forced", settings.layer_form) if forced else None
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         with self._recomputing(), layer_loss or nullcontext():

@@ -7,7 +7,7 @@ What is exchanged here are counts and losses; gradients are the engine's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,15 +31,6 @@ class World:
     def is_first(self) -> bool:
         """Whether this is the process that writes files and reports."""
         return self.rank == 0
-
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over all processes, in float64."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        summed: list[float] = total.tolist()
-        return summed
 
     def gather(self, value: Any) -> list[Any]:
         """The plain ``value`` of every process, by rank."""

@@ -6,7 +6,9 @@ that write files with a library of their own, the first locally only.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +28,9 @@ __all__ = [
     "exists",
     "join",
     "list_files",
+    "list_names",
     "local_copy",
+    "open_file",
     "passing_copy",
     "put",
     "read_bytes",
@@ -38,6 +42,8 @@ __all__ = [
 ]
 
 Uri = str | os.PathLike[str]
+BLOCK = 1 << 22
+"""Bytes that ``open_file`` fetches at once from S3."""
 
 
 def join(uri: Uri, *parts: str) -> str:
@@ -66,20 +72,51 @@ def list_files(uri: Uri) -> list[str]:
     return sorted(found)
 
 
-def read_bytes(uri: Uri) -> bytes:
-    """The content of a file.
+def list_names(uri: Uri, pattern: str = "*") -> list[str]:
+    """The names, sorted, of the files directly in the folder ``uri`` that ``pattern`` (``*``, ``?``, ``[ab]``) fits.
+
+    Raises:
+        StorageError: it cannot be listed; locally also where there is no folder.
+    """
+    if remote := _s3_uri(uri):
+        found = s3.names(remote)
+    else:
+        try:
+            found = [entry.name for entry in os.scandir(_local(uri)) if entry.is_file()]
+        except OSError as error:
+            raise StorageError(f"{uri}: cannot list: {error.strerror or error}") from error
+    return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
+
+
+def open_file(uri: Uri) -> io.BufferedReader:
+    """The file for reading and seeking, but not from its end; on S3 only what is read is fetched.
+
+    Raises:
+        StorageError: it is local and cannot be opened. What is wrong on S3 comes up when it is read.
+    """
+    if remote := _s3_uri(uri):
+        return io.BufferedReader(s3.ObjectFile(remote), BLOCK)
+    try:
+        return open(_local(uri), "rb")
+    except OSError as error:
+        raise _cannot_read(uri, error) from error
+
+
+def read_bytes(uri: Uri, offset: int = 0, size: int | None = None) -> bytes:
+    """The content of a file: ``size`` bytes from ``offset`` on, fewer where it ends; all the rest with None.
 
     Raises:
         MissingError: there is none.
         StorageError: it cannot be read.
     """
     if remote := _s3_uri(uri):
-        return s3.read(remote)
+        return s3.read(remote, offset, size)
     try:
-        return _local(uri).read_bytes()
+        with open(_local(uri), "rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
     except OSError as error:
-        kind = MissingError if isinstance(error, FileNotFoundError) else StorageError
-        raise kind(f"{uri}: cannot read: {error.strerror or error}") from error
+        raise _cannot_read(uri, error) from error
 
 
 def read_json(uri: Uri) -> Any:
@@ -196,6 +233,11 @@ def sha256_file(path: Uri) -> str:
     """Hexadecimal sha256 of a local file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_read(uri: Uri, error: OSError) -> StorageError:
+    kind = MissingError if isinstance(error, FileNotFoundError) else StorageError
+    return kind(f"{uri}: cannot read: {error.strerror or error}")
 
 
 def _cannot_list(error: OSError) -> None:

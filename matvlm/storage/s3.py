@@ -7,8 +7,11 @@ are sent last and removed first. Local copies are kept under ``$MATVLM_CACHE`` (
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
@@ -19,6 +22,9 @@ from matvlm.storage.atomic import MissingError, StorageError, atomic_folder, ato
 
 _DELETE_LIMIT = 1000
 """Keys in one delete request (S3 API)."""
+
+BODY_ATTEMPTS = 3
+"""How often a response is asked for whose connection breaks off; boto3 repeats only what fails before that."""
 
 _NO_OBJECT = {"NoSuchKey", "404"}
 """Codes of a request for an object that is not there; the second is that of a request without a body."""
@@ -41,12 +47,66 @@ def objects(uri: str) -> dict[str, str]:
     return found
 
 
-def read(uri: str) -> bytes:
-    """The object's content."""
+def names(uri: str) -> list[str]:
+    """The names of the objects directly in the folder or bucket ``uri``.
+
+    Raises:
+        StorageError: the bucket cannot be listed.
+    """
+    bucket, _, key = uri.removeprefix("s3://").strip("/").partition("/")
+    prefix = f"{key}/" if key else ""
+    with _named_errors(uri, "list"):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])]
+
+
+def read(uri: str, offset: int = 0, size: int | None = None) -> bytes:
+    """``size`` bytes of the object from ``offset`` on, fewer where it ends; all the rest with None."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if size == 0:
+        return b""
     bucket, key = _split(uri)
+    part = {"Range": f"bytes={offset}-{'' if size is None else offset + size - 1}"} if offset or size else {}
     with _named_errors(uri, "read"):
-        content: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
-        return content
+        for attempt in itertools.count(1):
+            try:
+                content: bytes = _client().get_object(Bucket=bucket, Key=key, **part)["Body"].read()
+                return content
+            except ClientError as error:
+                if _code(error) == "InvalidRange":  # it ends before
+                    return b""
+                raise
+            except BotoCoreError:
+                if attempt == BODY_ATTEMPTS:
+                    raise
+                time.sleep(attempt)
+    raise AssertionError
+
+
+class ObjectFile(io.RawIOBase):
+    """The object at ``uri``, read by ranges."""
+
+    def __init__(self, uri: str):
+        self.uri, self.place = uri, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("from the end of an object")
+        self.place = offset + (self.place if whence == io.SEEK_CUR else 0)
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        content = read(self.uri, self.place, len(buffer))
+        buffer[: len(content)] = content
+        self.place += len(content)
+        return len(content)
 
 
 def write(uri: str, content: bytes) -> None:
@@ -142,11 +202,17 @@ def _scratch(uri: str) -> AbstractContextManager[Path]:
     return hidden_folder(_cache() / hashlib.sha256(uri.encode()).hexdigest()[:32])
 
 
-@lru_cache(maxsize=1)
 def _client() -> Any:
-    import boto3
+    return _client_of(os.getpid())
 
-    return boto3.client("s3")
+
+@lru_cache(maxsize=1)
+def _client_of(process: int) -> Any:
+    """One client per ``process``: connections that a fork shares mix up their answers."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 8}, max_pool_connections=32))
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -164,6 +230,11 @@ def _named_errors(uri: str, action: str) -> Iterator[None]:
     try:
         yield
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None
-        kind = MissingError if code in _NO_OBJECT else StorageError
+        kind = MissingError if isinstance(error, ClientError) and _code(error) in _NO_OBJECT else StorageError
         raise kind(f"{uri}: cannot {action}: {error}") from error
+
+
+def _code(error: Any) -> str | None:
+    """S3's own name of what went wrong."""
+    code: str | None = error.response.get("Error", {}).get("Code")
+    return code
