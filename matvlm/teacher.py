@@ -36,13 +36,13 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     The model's own forward applies it, with ``hidden`` for the output of what comes before; that keeps any scaling or
     soft-capping a family does there.
     """
-    with forward_as(model.base_model, lambda *_args, **_kwargs: _Output(hidden[None])):
+    with forward_as(model.base_model, lambda *_args, **_kwargs: LastHidden(hidden[None])):
         logits: Tensor = model(use_cache=False).logits
     return logits[0]
 
 
-class _Output:
-    """A base model's output of which only the hidden states are there; everything else is None."""
+class LastHidden:
+    """A base model's output of which only the last hidden states [B, L, H] are there; everything else is None."""
 
     def __init__(self, hidden: Tensor):
         self.last_hidden_state = hidden

@@ -41,6 +41,10 @@ def deepspeed_engine(
     return (ZeroEngine if stage else PlainEngine)(parameters, settings, device, world)
 
 
+BUCKET = 50_000_000
+"""Elements of gradients that GPUs sum together while others are still computed; one mixer of Phi-2 has 33 million."""
+
+
 def shareable(trunk: SharedTrunk) -> list[nn.Module]:
     """The modules of ``trunk`` that hold nearly all weights of student and teacher, none inside of another.
 
@@ -62,6 +66,8 @@ def _initialize(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU extra that would compile for minutes
     chosen = settings.deepspeed
     zero: dict[str, Any] = {"stage": chosen.zero_stage}
+    if device.startswith("cuda"):  # else gradients are summed in one piece, when all are there
+        zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET}
     if chosen.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device != "cpu"}
     if chosen.offload_parameters:

@@ -22,8 +22,10 @@ def flops_per_token(steps: Steps, group: Group, settings: Loss) -> float:
     alone = Group(part, [part])
     counts = Counts.of([part])
     student = steps.trunk.student
+    graphs, steps.graphs = steps.graphs, None  # a replay does not say what it does
     trained: list[nn.Parameter] = [parameter for parameter in student.parameters() if parameter.requires_grad]
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         for made in steps.passes(alone, Divisors.of([counts], settings.scaling), settings):
             torch.autograd.grad(made.loss, trained, allow_unused=True)
+    steps.graphs = graphs
     return counter.get_total_flops() / counts.tokens

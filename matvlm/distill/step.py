@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from matvlm.config import Loss, Recipe
 from matvlm.data.encoding import Batch
 from matvlm.distill.feed import Group
+from matvlm.distill.graphs import Graphs, rounded
 from matvlm.distill.modules import recomputing
 from matvlm.distill.objective import Cached, Divisors, Online, TeacherSide, logit_losses
 from matvlm.distill.speed import Speed
-from matvlm.distill.trunk import SharedTrunk
+from matvlm.distill.trunk import SharedTrunk, StudentForced
 from matvlm.models import hybrid
 from matvlm.models.families import BIDIRECTIONAL
+from matvlm.models.packing import unpacked
+from matvlm.models.patch import forward_as
 from matvlm.models.watch import Seen
 from matvlm.targets import TargetReader
-from matvlm.teacher import kept_hidden
+from matvlm.teacher import LastHidden, kept_hidden
 
 
 class Pass(NamedTuple):
@@ -67,6 +71,8 @@ class Steps:
         self.recipe, self.trunk, self.targets, self.device, self.speed = recipe, trunk, targets, device, speed
         self.causal = trunk.student.config.model_type not in BIDIRECTIONAL
         self.autocast = recipe.distill.autocast != "off" and recipe.teacher.dtype == "float32"
+        self.decoder: Any = trunk.student.get_decoder()
+        self.graphs = Graphs(self.decoder, device) if recipe.distill.cuda_graphs else None
 
     def passes(self, group: Group, divisors: Divisors, settings: Loss, repeats: int = 0) -> Iterator[Pass]:
         """Those of one group; the loss of each has to go backward before the next is asked for.
@@ -75,9 +81,9 @@ class Steps:
         pass for each micro-batch, and ``repeats`` more of the last.
         """
         whole = self._there(group.whole)
-        with self._casting():
+        with self._running():
             vision = self.trunk.look(whole)
-        with self._casting(), vision.shared():
+        with self._running(), vision.shared():
             hidden, seen = self._run_teacher(whole, settings)
             if teacher_forces(settings):
                 loss = self.trunk.layer_loss(whole, "teacher_forced", settings.layer_form, seen).value()
@@ -93,7 +99,7 @@ class Steps:
         taught = [None] * len(parts) if hidden is None else list(hidden.split([len(p.kept_places) for p in parts]))
         for number in range(len(parts) + repeats):
             part, states = parts[min(number, len(parts) - 1)], taught[min(number, len(parts) - 1)]
-            with self._casting(), vision.shared():
+            with self._running(), vision.shared():
                 made = self._student(part, self._taught(part, states, settings), divisors, settings)
             if number == len(parts) + repeats - 1:
                 vision.forget()  # what it knows has the size of its activations
@@ -117,14 +123,12 @@ class Steps:
         return Cached(token_ids, logprobs, tail, None if drawn is None else drawn.to(self.device))
 
     def _student(self, part: Batch, teacher: TeacherSide | None, divisors: Divisors, settings: Loss) -> Pass:
-        forced = student_forces(settings)
-        layer_loss = self.trunk.layer_loss(part, "student_forced", settings.layer_form) if forced else None
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
-        with self._recomputing(), layer_loss or nullcontext():
-            hidden = kept_hidden(self.trunk.student, part)
-        if layer_loss:
-            losses.append(settings.layer * layer_loss.value() / divisors.tokens)
+        form = settings.layer_form if student_forces(settings) else None
+        hidden, *sums = self._replayed(part, form) if self.graphs else self._run(part, form)
+        for value in sums:
+            losses.append(settings.layer * value / divisors.tokens)
             terms["loss_layer"] = losses[0].detach()
         if teacher or settings.ce:
             loss, more = logit_losses(settings, self.trunk.student, hidden, part.kept_labels, teacher, divisors)
@@ -132,6 +136,43 @@ class Steps:
             terms |= more
         self.speed.mark("student")
         return Pass(part.ids, torch.stack(losses).sum(), terms)
+
+    def _run(self, part: Batch, form: str | None) -> tuple[Tensor, ...]:
+        """The student's last hidden states at the kept positions, [P, H]; with a ``form`` also the sum of the
+        student-forced layer loss.
+        """
+        return self._compared(lambda: kept_hidden(self.trunk.student, part), part.real, form)
+
+    def _compared(self, run: Callable[[], Tensor], real: Tensor, form: str | None) -> tuple[Tensor, ...]:
+        layer_loss = StudentForced(self.trunk, real, form) if form else None
+        with self._recomputing(), layer_loss or nullcontext():
+            hidden = run()
+        return (hidden, layer_loss.value()) if layer_loss else (hidden,)
+
+    def _replayed(self, part: Batch, form: str | None) -> tuple[Tensor, ...]:
+        """As ``_run``, with a graph for all that the decoder does."""
+        forward, embed = self.decoder.forward, self.decoder.get_input_embeddings()
+        sums: list[Tensor] = []
+
+        def decode(embeddings: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+            run = partial(forward, inputs_embeds=embeddings, use_cache=False)
+            return self._compared(lambda: run().last_hidden_state, real, form)
+
+        def replay(input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **more: Any) -> LastHidden:
+            given = sorted(name for name, value in more.items() if isinstance(value, Tensor | dict))
+            if given:
+                raise ValueError(
+                    f"distill.cuda_graphs: a {self.trunk.student.config.model_type} model's decoder is given "
+                    f"{', '.join(given)} beside embeddings, which no graph knows: set it to false"
+                )
+            embeddings = embed(input_ids) if inputs_embeds is None else inputs_embeds
+            assert self.graphs is not None
+            hidden, *sums[:] = self.graphs.call(form, decode, rounded(embeddings), rounded(part.real))
+            return LastHidden(hidden[:, : embeddings.shape[1]])
+
+        with forward_as(self.decoder, replay):
+            hidden = kept_hidden(self.trunk.student, part)
+        return (hidden, *sums)
 
     def _there(self, batch: Batch) -> Batch:
         """``batch`` on the device; its mask stays here if the model does without."""
@@ -145,5 +186,10 @@ class Steps:
         layers: Any = hybrid.decoder_layers(student)
         return recomputing(hybrid.mixers(student).values() if choice == "mixers" else layers)
 
-    def _casting(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.autocast else nullcontext()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        device = self.device.partition(":")[0]
+        # Nothing is used twice, so there is nothing to remember; and no graph may use what is remembered outside of it.
+        cast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if self.autocast else nullcontext()
+        with cast, nullcontext() if self.recipe.distill.packing else unpacked():
+            yield

@@ -19,14 +19,13 @@ from matvlm.data.encoding import Batch
 from matvlm.distill.known import known
 from matvlm.distill.vision import Vision, vision_tower
 from matvlm.losses import layer_cosine, layer_l2
+from matvlm.models.fusing import compile_
 from matvlm.models.hybrid import decoder_layers, find_connector, mixers
 from matvlm.models.patch import forward_as
 from matvlm.models.watch import Seen, watch, watching
 from matvlm.teacher import kept_hidden
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"l2": layer_l2, "cosine": layer_cosine}
-RECOMPILATIONS = 64
-"""A layer is compiled once for attention and once for a mixer, each with gradient and without, alone and in a batch."""
 
 
 class SharedTrunk:
@@ -70,17 +69,11 @@ class SharedTrunk:
         """
         if layer_inputs == "teacher_forced":
             return TeacherForced(self, batch, form, seen)
-        return StudentForced(self, batch, form)
+        return StudentForced(self, batch.real, form)
 
     def compile(self) -> None:
-        """Let torch.compile fuse what decoder layers and layer losses do between their matrix products.
-
-        All layers share what is compiled, once for the first length and once more, at the second, for all others.
-        Kernels that are no part of torch stay as they are.
-        """
-        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-        for module in [*mixers(self.student).values(), *decoder_layers(self.student)]:
-            vars(module)["forward"] = torch.compile(module.forward)
+        """Let torch.compile fuse what decoder layers and layer losses do between their matrix products."""
+        compile_([*mixers(self.student).values(), *decoder_layers(self.student)])
         self.compiled = True
 
     @torch.no_grad()
@@ -122,12 +115,12 @@ class LayerLoss:
     Use it around the student's forward pass; afterwards ``value()`` is the sum, a float32 scalar with gradient.
     """
 
-    def __init__(self, trunk: SharedTrunk, batch: Batch, form: str):
-        self.trunk, self.batch = trunk, batch
+    def __init__(self, trunk: SharedTrunk, real: Tensor, form: str):
+        """``real``: bool [B, L], the positions that count."""
+        self.trunk, self.real = trunk, real
         self.distance = DISTANCES[form]
         if trunk.compiled:
             self.distance = torch.compile(self.distance)
-        self.mask = batch.real
 
     def __enter__(self) -> LayerLoss:
         return self
@@ -147,21 +140,21 @@ class TeacherForced(LayerLoss):
     """
 
     def __init__(self, trunk: SharedTrunk, batch: Batch, form: str, seen: Mapping[int, Seen] | None = None):
-        super().__init__(trunk, batch, form)
-        self.seen = seen
+        super().__init__(trunk, batch.real, form)
+        self.inputs, self.seen = batch.inputs, seen
 
     def value(self) -> Tensor:
         seen = self.seen
         if seen is None:
             with self.trunk.as_teacher() as teacher:
-                seen = watch(teacher, self.trunk.attentions, self.batch.inputs)
+                seen = watch(teacher, self.trunk.attentions, self.inputs)
         return torch.stack([self._of_one(index, shown) for index, shown in seen.items()]).mean()
 
     def _of_one(self, index: int, shown: Seen) -> Tensor:
         """One mixer's sum. Its gradient is taken at once, so that no two mixers' inner tensors are held together."""
         mixer = mixers(self.trunk.student)[index]
         output, _ = mixer(hidden_states=shown.hidden, **shown.kwargs)
-        value = self.distance(output, shown.output, self.mask)
+        value = self.distance(output, shown.output, self.real)
         trained = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
         if not value.requires_grad:
             return value
@@ -190,7 +183,7 @@ class StudentForced(LayerLoss):
             output = forward(**kwargs)
             with torch.no_grad():
                 expected = self.trunk.attentions[index](**kwargs)[0]
-            self.sums.append(self.distance(output[0], expected, self.mask))
+            self.sums.append(self.distance(output[0], expected, self.real))
             return output
 
         return run

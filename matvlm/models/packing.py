@@ -1,10 +1,14 @@
-"""Whether a model keeps the samples of a packed row (``matvlm.data.packing``) apart."""
+"""Rows of several samples (``matvlm.data.packing``): whether a model keeps them apart, and how to tell it of others."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from matvlm.models.families import BIDIRECTIONAL
 
@@ -36,6 +40,21 @@ def check(model: PreTrainedModel) -> None:
             f"{kind} with {attention} attention: of what a token does to those after it, {leak:.0%} reach the next "
             f"sample of a packed row: choose another attention (sdpa), or {advice}"
         )
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Inside, every row is one sample, and transformers makes its masks knowing that.
+
+    Else it looks at the positions of rows to find out, for which the host waits until the GPU has done all that it was
+    given; and while a CUDA graph is recorded, where it cannot look, it makes a mask even where a causal kernel needs
+    none.
+    """
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda _positions: None),
+        patch.object(masking_utils, "is_tracing", lambda *_tensors: False),
+    ):
+        yield
 
 
 @torch.no_grad()

@@ -43,22 +43,20 @@ TOP_K, ANSWER = 32, 100
 
 
 class Drawn:
-    """A target store's reader whose targets are random: the same tensors as read from disk, made in no time."""
-
-    def __init__(self, positions: dict[str, int]):
-        self.positions = positions
+    """A target store's reader whose targets are random, but always the same for a sample; made in no time."""
 
     def lookup(self, ids: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        count = sum(self.positions[id] for id in ids)
-        token_ids = torch.arange(TOP_K).repeat(count, 1)
-        logprobs = torch.randn(count, TOP_K + 1).log_softmax(-1)
+        token_ids = torch.arange(TOP_K).repeat(len(ids) * ANSWER, 1)
+        generators = (torch.Generator().manual_seed(int(id)) for id in ids)
+        logits = torch.cat([torch.randn(ANSWER, TOP_K + 1, generator=generator) for generator in generators])
+        logprobs = logits.log_softmax(-1)
         return token_ids, logprobs[:, :-1], logprobs[:, -1]
 
     def draws(self, ids: Sequence[str]) -> None:
         return None
 
 
-def samples(model: Any, count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def samples(model: Any, count: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
     """An image, a question and an answer each; lengths spread evenly over +- 5 % of ``tokens``."""
     generator = torch.Generator().manual_seed(seed)
     vision = model.config.vision_config
@@ -71,30 +69,31 @@ def samples(model: Any, count: int, tokens: int, seed: int = 0) -> list[dict[str
         labels = torch.full_like(ids, IGNORE)
         labels[-ANSWER:] = ids[-ANSWER:]
         pixels = torch.randn(3, vision.image_size, vision.image_size, generator=generator)
-        made.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+        made.append({"id": str(number), "input_ids": ids, "labels": labels, "pixel_values": pixels})
     order = torch.randperm(count, generator=generator).tolist()
     return [made[place] for place in order]
 
 
-def collate(chosen: list[dict[str, Tensor]], first: int) -> Batch:
+def collate(chosen: list[dict[str, Any]]) -> Batch:
     pad = nn.utils.rnn.pad_sequence
     ids = pad([sample["input_ids"] for sample in chosen], batch_first=True)
     labels = pad([sample["labels"] for sample in chosen], batch_first=True, padding_value=IGNORE)
     lengths = torch.tensor([len(sample["input_ids"]) for sample in chosen])
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
     pixels = torch.stack([sample["pixel_values"] for sample in chosen])
-    names = [str(first + number) for number in range(len(chosen))]
-    return Batch(names, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, labels)
+    return Batch(
+        [sample["id"] for sample in chosen], {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, labels
+    )
 
 
-def groups(data: list[dict[str, Tensor]], size: int, device: str) -> Iterator[Group]:
+def groups(data: list[dict[str, Any]], size: int, device: str, at_once: int = GROUP) -> Iterator[Group]:
     """``data`` as ``Feed`` hands it out."""
 
     def batch(first: int, count: int) -> Batch:
-        made = collate(data[first : first + count], first)
-        return made.pinned() if device == "cuda" else made
+        made = collate(data[first : first + count])
+        return made.pinned() if device != "cpu" else made
 
-    several = size * max(1, GROUP // size)
+    several = size * max(1, at_once // size)
     for first in range(0, len(data), several):
         parts = [batch(start, size) for start in range(first, min(first + several, len(data)), size)]
         yield Group(parts[0] if several == size else batch(first, several), parts)
@@ -148,9 +147,18 @@ class Reference:
         return total
 
 
-def recipe(
-    size: int, layer_inputs: str, targets: str, checkpointing: str, compiled: bool, options: argparse.Namespace
-) -> Recipe:
+class Way(NamedTuple):
+    """How to compute the same."""
+
+    checkpointing: str
+    compile: str
+    graphs: str
+
+    def __str__(self) -> str:
+        return f"checkpointing {self.checkpointing}, compile {self.compile}, graphs {self.graphs}"
+
+
+def recipe(size: int, layer_inputs: str, targets: str, way: Way, options: argparse.Namespace) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "benchmark",
@@ -161,8 +169,9 @@ def recipe(
                 "batch_size": options.batch,
                 "micro_batch_size": size,
                 "autocast": "bfloat16",
-                "activation_checkpointing": checkpointing,
-                "compile": compiled,
+                "activation_checkpointing": way.checkpointing,
+                "compile": way.compile == "on",
+                "cuda_graphs": way.graphs == "on",
                 "loss": {"layer_inputs": layer_inputs, "targets": targets},
             },
         }
@@ -173,16 +182,19 @@ class Measured(NamedTuple):
     seconds: float
     """Median of an update."""
     peak: float
-    """Of allocated memory, GiB; and what stays allocated between updates."""
+    """Of allocated memory, GiB, graphs' own apart; what stays allocated between updates; and the peak of what is
+    reserved, which is with graphs' own, and with what the allocator keeps at hand."""
     fixed: float
+    reserved: float
 
 
 def timed(step: Callable[[], Any], repeats: int, device: str) -> Measured:
     """``repeats`` calls, after one more."""
     step()
-    cuda = device == "cuda"
+    cuda = device != "cpu"
     if cuda:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(repeats):
@@ -191,8 +203,8 @@ def timed(step: Callable[[], Any], repeats: int, device: str) -> Measured:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    peak, fixed = (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()) if cuda else (0, 0)
-    return Measured(statistics.median(times), peak / 2**30, fixed / 2**30)
+    kinds = (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated, torch.cuda.max_memory_reserved)
+    return Measured(statistics.median(times), *(kind() / 2**30 if cuda else 0.0 for kind in kinds))
 
 
 def main() -> None:
@@ -204,6 +216,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--checkpointing", nargs="+", default=["mixers"])
     parser.add_argument("--compile", nargs="+", default=["on"], choices=["on", "off"])
+    parser.add_argument("--graphs", nargs="+", default=["off"], choices=["on", "off"])
     parser.add_argument("--losses", nargs="+", default=["teacher_forced/cached", "student_forced/cached"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="samples an update")
@@ -217,7 +230,17 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else device}; torch {torch.__version__}, transformers "
           f"{transformers.__version__}; kernels {options.kernels}, engine {options.engine}, init {options.init}; "
           f"{options.batch} samples an update, {tokens} tokens +- 5 %; median of {options.repeats}\n")  # fmt: skip
-    heads = ["procedure", "micro-batch", "samples/s", "ms a sample", "peak GiB", "between updates", "MFU", *PHASES]
+    heads = [
+        "procedure",
+        "micro-batch",
+        "samples/s",
+        "ms a sample",
+        "peak GiB",
+        "between updates",
+        "reserved",
+        "MFU",
+        *PHASES,
+    ]
     print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}", flush=True)
     teacher = build_teacher(options.tiny, device)
     data = samples(teacher, options.batch, tokens)
@@ -227,18 +250,18 @@ def main() -> None:
         spent = [f"{rates[f'share_{phase}']:.0%}" if rates else "" for phase in PHASES]
         mfu = f"{rates['mfu']:.0%}" if "mfu" in rates else ""
         figures = [f"{options.batch / found.seconds:.1f}", f"{found.seconds / options.batch * 1e3:.1f}"]
-        figures += [f"{found.peak:.1f}", f"{found.fixed:.1f}", mfu]
+        figures += [f"{found.peak:.1f}", f"{found.fixed:.1f}", f"{found.reserved:.1f}", mfu]
         print(f"| {name} | {size} | {' | '.join([*figures, *spent])} |", flush=True)
 
-    for losses, checkpointing, compiled in itertools.product(options.losses, options.checkpointing, options.compile):
-        for size, made in cut.items():
-            layer_inputs, targets = losses.split("/")
-            settings = recipe(size, layer_inputs, targets, checkpointing, compiled == "on", options)
-            name = f"{layer_inputs}, {targets}, checkpointing {checkpointing}, compile {compiled}"
-            traced = options.trace and options.trace / f"{name} {size}.txt".replace(", ", "-").replace(" ", "-")
-            started = time.perf_counter()
-            row(f"ours, {name}", size, *ours(teacher, settings, made, options, traced))
-            print(f"that took {time.perf_counter() - started:.0f} s, compiling included", file=sys.stderr)
+    ways = itertools.starmap(Way, itertools.product(options.checkpointing, options.compile, options.graphs))
+    for (losses, way), (size, made) in itertools.product(itertools.product(options.losses, ways), cut.items()):
+        layer_inputs, targets = losses.split("/")
+        settings = recipe(size, layer_inputs, targets, way, options)
+        name = f"{layer_inputs}, {targets}, {way}"
+        traced = options.trace and options.trace / f"{name} {size}.txt".replace(", ", "-").replace(" ", "-")
+        started = time.perf_counter()
+        row(f"ours, {name}", size, *ours(teacher, settings, made, options, traced))
+        print(f"that took {time.perf_counter() - started:.0f} s, compiling included", file=sys.stderr)
     if not options.skip_reference:
         student = copy.deepcopy(teacher)
         layers = choose_layers(teacher.config.text_config.num_hidden_layers, 0.25)
@@ -263,7 +286,7 @@ def ours(
     """An update of ours, and what its time goes into."""
     student, original = copy.deepcopy(teacher), copy.deepcopy(teacher)
     convert_(student, choose_layers(teacher.config.text_config.num_hidden_layers, 0.25), options.init, chunk_size=256)
-    store: Any = Drawn({str(number): ANSWER for number in range(options.batch)})
+    store: Any = Drawn()
     run = Run(settings, options.device, student, original, store)
     del original
     gc.collect()
@@ -279,7 +302,8 @@ def ours(
     found = timed(step, options.repeats, options.device)
     # ``teacher`` itself is there for the next row; no run needs it.
     spare = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 2**30
-    return found._replace(peak=found.peak - spare, fixed=found.fixed - spare), run.speed.rates()
+    found = found._replace(**{kind: getattr(found, kind) - spare for kind in ("peak", "fixed", "reserved")})
+    return found, run.speed.rates()
 
 
 def trace(step: Callable[[], Any], path: Path, device: str) -> None:
