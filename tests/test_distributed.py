@@ -30,10 +30,11 @@ from matvlm.data.prepare import open_dataset
 from matvlm.distill import DistillError
 from matvlm.distill.feed import Feed, Share
 from matvlm.distill.job import DistillJob, read_job
-from matvlm.distill.launch import explain, num_processes, run
+from matvlm.distill.launch import run
 from matvlm.distill.schedule import order
 from matvlm.distill.world import World
 from matvlm.models import locate
+from matvlm.processes import explain, num_processes
 from matvlm.storage import write_json
 
 HERE = Path(__file__).resolve().parent

@@ -23,10 +23,8 @@ from matvlm.targets import (
     TargetReader,
     batch_targets,
     check_gradients,
-    compute_shard,
     join_shards,
     open_targets,
-    shard_rows,
     write_shard,
 )
 from matvlm.targets.sampling import draw_tail, uniforms
@@ -49,12 +47,7 @@ def sampled(identity: Identity, **other: Any) -> Identity:
 
 
 def store(teacher: Teacher, folder: Path, identity: Identity, shards: int = 2, batch_size: int = 2) -> TargetReader:
-    encoder = Encoder(teacher.processor, 64, identity.positions)
-    settings = Targets(shards=shards, batch_size=batch_size)
-    for index in range(shards):
-        rows = [teacher.rows[i] for i in shard_rows(len(teacher.rows), shards, index)]
-        compute_shard(teacher.model, encoder, rows, settings, str(folder), index, identity)
-    join_shards(str(folder), shards, identity)
+    teacher.store(folder, identity=identity, settings=Targets(shards=shards, batch_size=batch_size))
     return open_targets(str(folder), identity)
 
 
@@ -244,7 +237,7 @@ def test_the_gradient_report_against_a_direct_computation(teacher: Teacher, iden
     with torch.no_grad():
         student.lm_head.weight.mul_(0.5)
     place = str(tmp_path)
-    report = check_gradients(teacher.model, student, teacher.encoder, teacher.rows, 3, place, reader, identity)
+    report = check_gradients(teacher.model, student, teacher.encoder, teacher.dataset, 3, place, reader, identity)
     assert json.loads((tmp_path / "gradient_error.json").read_text()) == report.model_dump(mode="json")
     assert [(error.scheme, error.top_k, error.samples) for error in report.errors] == [
         ("topk_sampled", K, S),

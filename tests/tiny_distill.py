@@ -20,7 +20,7 @@ from matvlm.distill import distill, init_student
 from matvlm.models import hybrid, locate
 from matvlm.models.small import build_model, build_processor, build_tokenizer
 from matvlm.reporting import Reporter
-from matvlm.targets import Identity, compute_shard, join_shards, shard_rows
+from matvlm.targets import Identity, ShardMaker, join_shards
 from matvlm.teacher import fingerprint
 
 SIZES = TINY.model_copy(update={"layers": 4})
@@ -102,10 +102,9 @@ def make_stage(folder: Path, dtype: str = "float32", autocast: str = "off", seed
 def make_targets(recipe: Recipe, teacher: Checkpoint, data: DataManifest, folder: Path) -> TargetStore:
     model, processor = locate.load(teacher.uri, dtype=getattr(torch, recipe.teacher.dtype))
     identity = Identity.of(recipe, data, processor, fingerprint(model))
-    dataset, shards = open_dataset(data), recipe.targets.shards
-    for shard in range(shards):
-        rows = dataset.select(shard_rows(len(dataset), shards, shard))
-        compute_shard(model, Encoder(processor), rows, recipe.targets, str(folder), shard, identity)
+    shards = recipe.targets.shards
+    maker = ShardMaker(model, Encoder(processor), open_dataset(data), recipe.targets, str(folder), identity)
+    maker.make(range(shards))
     return join_shards(str(folder), shards, identity)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,11 +14,12 @@ from torch import Tensor
 from matvlm.artifacts import TargetStore
 from matvlm.config import Targets
 from matvlm.data.encoding import Batch, Encoder
+from matvlm.data.placed import PlacedImage
 from matvlm.data.prepare import turns_of
 from matvlm.losses import bucket_logprobs
 from matvlm.models.small import SmallVLM, build_model, build_processor, build_tokenizer
 from matvlm.reporting import Reporter
-from matvlm.targets import Identity, SampleTargets, compute_shard, join_shards, shard_rows
+from matvlm.targets import Identity, SampleTargets, ShardMaker, join_shards
 
 TINY = SmallVLM(
     image_size=16,
@@ -48,6 +51,7 @@ class Teacher:
             self.model.lm_head.weight.mul_(100)  # peaky, as a trained model is
         generator = torch.Generator().manual_seed(0)
         self.rows = [self._row(i, generator) for i in range(7)]
+        self.dataset = as_dataset(self.rows)
         self.identity = Identity(
             teacher="one", data="d", template="t", max_length=64, max_turns=None, top_k=TOP_K, temperature=2.0
         )
@@ -63,15 +67,18 @@ class Teacher:
         encoder = self.encoder
         return encoder.collate([encoder.encode(row["id"], row["image"], turns_of(row)) for row in rows])
 
-    def compute(self, uri: Path, shard: int, identity: Identity | None = None, model: Any = "own") -> Any:
-        rows = [self.rows[i] for i in shard_rows(len(self.rows), SETTINGS.shards, shard)]
-        model = self.model if model == "own" else model
-        return compute_shard(model, self.encoder, rows, SETTINGS, str(uri), shard, identity or self.identity)
+    def maker(
+        self, uri: Path, identity: Identity | None = None, settings: Targets = SETTINGS, **other: Any
+    ) -> ShardMaker:
+        identity = identity or self.identity
+        encoder = Encoder(self.processor, 64, identity.positions)
+        given: dict[str, Any] = {"model": self.model, "encoder": encoder, "dataset": self.dataset, **other}
+        return ShardMaker(**given, settings=settings, uri=str(uri), identity=identity)
 
-    def store(self, uri: Path, reporter: Reporter | None = None) -> TargetStore:
-        for shard in range(SETTINGS.shards):
-            self.compute(uri, shard)
-        return join_shards(str(uri), SETTINGS.shards, self.identity, reporter)
+    def store(self, uri: Path, reporter: Reporter | None = None, **other: Any) -> TargetStore:
+        maker = self.maker(uri, **other)
+        maker.make(range(maker.settings.shards))
+        return join_shards(maker.uri, maker.settings.shards, maker.identity, reporter)
 
     @torch.no_grad()
     def exact(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +91,16 @@ class Teacher:
             parts.append((ids[:, :TOP_K], mass[:, :TOP_K].log(), mass[:, TOP_K:].sum(-1).log()))
         ids, logprobs, tail = (torch.cat(part) for part in zip(*parts, strict=True))
         return ids, logprobs, tail
+
+
+def as_dataset(rows: list[Row]) -> Any:
+    """``rows`` as ``open_dataset`` gives them, with PNG files inside."""
+    stored = []
+    for row in rows:
+        file = io.BytesIO()
+        row["image"].save(file, format="PNG")
+        stored.append({**row, "image": {"bytes": file.getvalue(), "path": None}})
+    return datasets.Dataset.from_list(stored).cast_column("image", PlacedImage())
 
 
 def made_up(ids: list[str], positions: int = 5, k: int = TOP_K, first_token: int = 0) -> list[SampleTargets]:

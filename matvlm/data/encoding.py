@@ -109,7 +109,9 @@ class Batch:
     def pinned(self) -> Batch:
         """The same in memory that a GPU can copy from while it computes."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.pin_memory(), places=self.kept_places.pin_memory())
+        chosen, mask = (None if value is None else value.pin_memory() for value in (self.chosen, self.mask))
+        labels, places = self.labels.pin_memory(), self.kept_places.pin_memory()
+        return Batch(self.ids, inputs, labels, chosen, mask, places)
 
     def _before_answers(self) -> Tensor:
         kept = torch.zeros_like(self.labels, dtype=torch.bool)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from matvlm.config import Recipe
 from matvlm.data import packing
 from matvlm.data.encoding import Batch, Encoder, Sample
-from matvlm.data.loading import batches
+from matvlm.data.loading import Loaded, batches
 from matvlm.distill.failures import DistillError
 from matvlm.distill.schedule import order
 from matvlm.distill.world import World
@@ -44,9 +44,20 @@ class Feed:
     number of workers.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Any, encoder: Encoder, world: World, pinned: bool = False):
-        """``pinned``: in memory that a GPU can copy from while it computes."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Any,
+        encoder: Encoder,
+        world: World,
+        pinned: bool = False,
+        untaught: Mapping[str, str] | None = None,
+    ):
+        """``pinned``: in memory that a GPU can copy from while it computes; ``untaught``: samples that have no targets
+        and so count as bad, with the reasons.
+        """
         self.recipe, self.dataset, self.encoder, self.world, self.pinned = recipe, dataset, encoder, world, pinned
+        self.untaught = untaught or {}
 
     def shares(self, first: int, last: int) -> Iterator[Share]:
         """Those of the updates ``first`` to ``last``, counted from 1.
@@ -61,6 +72,7 @@ class Feed:
         spare: Group | None = None
         own = (everyone[self.world.rank :: self.world.size] for everyone in rows)
         for update, loaded in zip(updates, batches(self.dataset, self.encoder, own, settings.workers), strict=True):
+            loaded = self._taught(loaded)
             made = list(self._groups(loaded.samples))
             spare = made[-1] if made else spare or self._borrowed(update)
             yield Share(made or [spare], len(made), loaded.bad)
@@ -69,11 +81,15 @@ class Feed:
         """Something for a process that has had none yet: of the first sample of ``update`` that can be loaded."""
         bad: list[str] = []
         for row in order(len(self.dataset), self.recipe.distill.batch_size, self.recipe.seed, update):
-            for loaded in batches(self.dataset, self.encoder, [[row]], workers=0):
+            for loaded in map(self._taught, batches(self.dataset, self.encoder, [[row]], workers=0)):
                 if loaded.samples:
                     return next(self._groups(loaded.samples))
                 bad += loaded.bad.values()
         raise DistillError(f"no usable sample: {'; '.join(bad)}")
+
+    def _taught(self, loaded: Loaded) -> Loaded:
+        found = {sample.id: self.untaught[sample.id] for sample in loaded.samples if sample.id in self.untaught}
+        return Loaded([sample for sample in loaded.samples if sample.id not in found], loaded.bad | found)
 
     def _groups(self, samples: list[Sample]) -> Iterator[Group]:
         if self.recipe.distill.packing:

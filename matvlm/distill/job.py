@@ -65,6 +65,9 @@ class EventLog(Reporter):
     def progress(self, done: int, total: int) -> None:
         self._write("progress", done, total)
 
+    def published(self, folder: str, updates: int) -> None:
+        self._write("published", folder, updates)
+
     def _write(self, kind: str, *arguments: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a" if self._started else "w", encoding="utf-8") as file:
@@ -96,6 +99,8 @@ class Tail:
             self.reporter.metrics(first, second)
         elif kind == "artifact":
             self.reporter.artifact(Path(first), second)
+        elif kind == "published":
+            self.reporter.published(first, second)
         else:
             self.reporter.progress(first, second)
 
@@ -125,8 +130,7 @@ def make_job(recipe: Recipe, folder: Path, device: str) -> DistillJob:
     model, processor = locate.load(recipe.teacher.uri, device, getattr(torch, recipe.teacher.dtype))
     data = prepare(recipe.data, recipe.seed, folder / "data", encoder=Encoder(processor, recipe.data.max_length))
     store = TargetJob(recipe, model, processor, data, str(folder / "targets"))
-    for shard in store.missing():
-        store.compute(shard)
+    store.compute(store.missing())
     targets = store.join()
     del model, store
     teacher = Checkpoint(uri=recipe.teacher.uri, label="teacher")

@@ -1,43 +1,17 @@
 """A distillation in several processes of this machine: started, listened to, and ended together.
 
-Each process is ``python -m matvlm distill JOB``, as torchrun would start it; torch's elastic package keeps them. There
-are no restarts: whoever wants another try continues the run, from its last snapshot.
+Whoever wants another try continues the run, from its last snapshot.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
-
-import torch
-import torch.distributed as dist
-
-import matvlm
+from matvlm import processes
 from matvlm.artifacts import Checkpoint
-from matvlm.config import Resources
 from matvlm.distill.failures import DistillError
 from matvlm.distill.job import EVENTS, JOB, DistillJob, Tail
 from matvlm.distill.trainer import RESULT
 from matvlm.reporting import Reporter
 from matvlm.storage import write_json
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-LAUNCHER = "MATVLM_LAUNCHER"
-"""Tells a process who has started it; torchrun does not need to."""
-LOOK_SECONDS = 0.1
-LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
-"""Of gloo and NCCL: says that another process has gone, so it is not this one's error."""
 
 
 def run(job: DistillJob, reporter: Reporter, device: str) -> Checkpoint:
@@ -48,123 +22,17 @@ def run(job: DistillJob, reporter: Reporter, device: str) -> Checkpoint:
         ValueError: the recipe asks for more processes than there are GPUs; and the other errors of ``distill``, if one
             process is enough.
     """
-    count = num_processes(job.recipe.resources, device)
+    count = processes.num_processes(job.recipe.resources, device)
     if count > 1 and not (job.folder / RESULT).exists():
         _in_processes(job, count, reporter)
     return job.run(reporter, device)
 
 
-def num_processes(resources: Resources, device: str) -> int:
-    """How many processes share a distillation on this machine.
-
-    Raises:
-        ValueError: there are fewer GPUs than ``resources.processes``.
-    """
-    if not device.startswith("cuda"):
-        return resources.processes or 1
-    available = torch.cuda.device_count()
-    if resources.processes and resources.processes > available:
-        raise ValueError(f"resources.processes is {resources.processes}, and this machine has {available} GPUs")
-    return resources.processes or max(1, min(resources.gpu, available))
-
-
-def end_with_launcher() -> None:
-    """Let this process end at once when the one that has started it, for a run of several, is gone in whatever way."""
-    if LAUNCHER not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(LOOK_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
 def _in_processes(job: DistillJob, count: int, reporter: Reporter) -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
     write_json(job.folder / JOB, job.model_dump(mode="json"))
     (job.folder / EVENTS).unlink(missing_ok=True)
     events = Tail(job.folder / EVENTS, reporter)
-    arguments = ("-m", "matvlm", "distill", str(job.folder / JOB))
-    # The processes meet at a store of this one, so that its port is free for certain.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    with TemporaryDirectory() as errors:
-        with _signals_kept():
-            processes = start_processes(
-                "distill",
-                sys.executable,
-                dict.fromkeys(range(count), arguments),
-                {rank: _environment(rank, count, store.port) for rank in range(count)},
-                DefaultLogsSpecs(log_dir=errors),
-            )
-        try:
-            while (result := processes.wait(0)) is None:
-                events.catch_up()
-                time.sleep(LOOK_SECONDS)
-        finally:
-            processes.close()
-    events.catch_up()
-    if result.is_failed():
-        raise DistillError(explain(result.failures.values(), count))
-
-
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    package = str(Path(matvlm.__file__).parents[1])
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(True),
-        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-        LAUNCHER: str(os.getpid()),
-    }
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """The elastic package takes four signals over; here Ctrl-C goes on to be a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in taken}
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def explain(failures: Iterable[ProcessFailure], count: int) -> str:
-    """What happened to the one of ``count`` processes that the others only followed, and how to go on."""
-    first = min(failures, key=_guilt)
-    killed = first.exitcode < 0
-    why = _message(first) or ("killed from outside" if killed else "it said no more than what is printed above")
-    if first.exitcode == -signal.SIGKILL:
-        why += ", by hand or because memory ran out"
-    return (
-        f"rank {first.local_rank} of {count} (pid {first.pid} on {socket.gethostname()}) ended with "
-        f"{first.signal_name() if killed else f'exit code {first.exitcode}'}: {why}. The others were stopped; "
-        "resuming continues from the last snapshot"
-    )
-
-
-def _guilt(failure: ProcessFailure) -> int:
-    """Least of who failed first: those stopped because of it, or left without it, come after."""
-    message = _message(failure)
-    if any(words in message for words in LOST_PEER):
-        return 2
-    if message:
-        return 1
-    return 3 if failure.exitcode == -signal.SIGTERM else 0
-
-
-def _message(failure: ProcessFailure) -> str:
-    """What its error file says, if it has written one."""
-    return str(failure.message["message"]) if isinstance(failure.message, Mapping) else ""
+        processes.run(["distill", str(job.folder / JOB)], count, events.catch_up)
+    except processes.ProcessError as error:
+        raise DistillError(f"{error}; resuming continues from the last snapshot") from error

@@ -1,4 +1,4 @@
-"""How training lets a model's modules compute: in which type, what twice, and what in one kernel.
+"""How training lets a model's modules compute: in which type, and what twice.
 
 Only the way of computing changes, never a weight, so a saved model knows nothing of it.
 """
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import NewGELUActivation
 
 from matvlm.models.patch import forward_as
 
@@ -40,14 +39,3 @@ def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in modules:
             stack.enter_context(forward_as(module, recomputed(module.forward)))
         yield
-
-
-def fuse_activations_(model: nn.Module) -> None:
-    """One kernel for ``gelu_new``, of which transformers makes eight, each with a tensor to keep.
-
-    The same function (``gelu_pytorch_tanh``); in half precision it is rounded once and not after each of the eight.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))

@@ -17,7 +17,7 @@ from matvlm.distill.engine import make_engine
 from matvlm.distill.failures import Skipped, Unusable, memory_explained
 from matvlm.distill.feed import Group, Share
 from matvlm.distill.flops import flops_per_token
-from matvlm.distill.modules import cast_, fuse_activations_
+from matvlm.distill.modules import cast_
 from matvlm.distill.objective import Counts, Divisors
 from matvlm.distill.schedule import moment
 from matvlm.distill.speed import Speed
@@ -25,6 +25,7 @@ from matvlm.distill.step import Pass, Steps, count_passes, teacher_forces
 from matvlm.distill.trunk import SharedTrunk
 from matvlm.distill.world import World
 from matvlm.models import hybrid, locate
+from matvlm.models.fusing import fuse_activations_
 from matvlm.models.packing import check as check_packing
 from matvlm.snapshots import cpu_copy
 from matvlm.targets import TargetReader

@@ -7,11 +7,11 @@ is counted too, and then it is the hardware's utilisation, HFU there.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
 from matvlm.distill.failures import memory_in_use
+from matvlm.phases import Phases
 
 PHASES = ("data", "teacher", "student", "backward", "optimizer")
 PEAKS = {
@@ -40,6 +40,7 @@ class Speed:
     def __init__(self, device: str, processes: int = 1):
         """``processes`` share the work that is added."""
         self.device, self.processes = device, processes
+        self.phases = Phases(device)
         self.peak = peak_of(device)
         self.flops_per_token = 0.0
         """Set by whoever has counted them; only then are they reported."""
@@ -47,7 +48,7 @@ class Speed:
 
     def mark(self, phase: str) -> None:
         """What was done since the mark before was ``phase``. On a GPU that is what it did, or waited for."""
-        self.marks.append((phase, self._now()))
+        self.phases.mark(phase)
 
     def add(self, samples: int, tokens: int) -> None:
         self.samples += samples
@@ -59,7 +60,7 @@ class Speed:
         Samples and tokens are those of all processes; shares, ``tflops_per_second`` and ``mfu`` are those of one. The
         memory is a GPU's peak of allocated tensors, or the process's resident memory.
         """
-        spent = self._spent()
+        spent = dict.fromkeys(PHASES, 0.0) | self.phases.spent()
         seconds = time.monotonic() - self.started
         rates = {
             "samples_per_second": self.samples / seconds,
@@ -74,26 +75,6 @@ class Speed:
         self._restart()
         return rates
 
-    def _spent(self) -> dict[str, float]:
-        """Seconds of each phase, in the order of ``PHASES``."""
-        spent = dict.fromkeys(PHASES, 0.0)
-        if self.marks and self.on_gpu:
-            self.marks[-1][1].synchronize()
-        before = self.first
-        for phase, now in self.marks:
-            spent[phase] += before.elapsed_time(now) / 1e3 if self.on_gpu else now - before
-            before = now
-        return spent
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _restart(self) -> None:
-        self.on_gpu = self.device.startswith("cuda")
         self.samples = self.tokens = 0
-        self.marks: list[tuple[str, Any]] = []
-        self.started, self.first = time.monotonic(), self._now()
+        self.started = time.monotonic()

@@ -21,6 +21,7 @@ from matvlm.data.encoding import Encoder
 from matvlm.data.prepare import encode_rows, open_dataset
 from matvlm.distill.failures import DistillError
 from matvlm.distill.feed import Feed
+from matvlm.distill.publishing import Publisher
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
 from matvlm.distill.tracing import tracing
@@ -39,6 +40,7 @@ MODEL, RESULT = "model", "checkpoint.json"
 
 _FREE_TO_CHANGE = (
     "checkpoint_every_updates",
+    "publish_every_updates",
     "keep_checkpoints",
     "log_every_updates",
     "profile_updates",
@@ -50,6 +52,7 @@ _FREE_TO_CHANGE = (
     "snapshots",
     "activation_checkpointing",
     "compile",
+    "cuda_graphs",
     "max_skipped_updates",
 )
 """Fields of ``recipe.distill`` that do not change what is computed, but for rounding."""
@@ -134,18 +137,18 @@ def distill(
     total = num_updates(recipe.distill, len(feed.dataset))
     history: list[dict[str, float]] = []
     done = _continue(run, snapshots, history, reporter)
+    publisher = Publisher(run, feed.encoder.processor, teacher, folder, snapshots.identity, reporter)
+    publisher.repeat(done)
     progress = Progress(total, f"distill {student.init}", "update", reporter, done)
     with _writing(snapshots, world), progress:
-        _train(run, feed, snapshots, range(done + 1, total + 1), history, progress, reporter, folder)
+        _train(run, feed, snapshots, publisher, range(done + 1, total + 1), history, progress)
     result = student.model_copy(
         update={"uri": str(folder / MODEL), "updates": total, "trained_parameters": run.trained_parameters}
     )
-    with run.engine.whole():
-        if world.is_first:
-            provenance = {"teacher": teacher.uri, "recipe": recipe.model_dump(mode="json"), "updates": total}
-            hybrid.save(run.student, feed.encoder.processor, folder / MODEL, provenance)
-            _draw(history, folder / "loss_curves.png", reporter)
-            write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
+    publisher.save(total, folder / MODEL)
+    if world.is_first:
+        _draw(history, folder / "loss_curves.png", reporter)
+        write_json(folder / RESULT, {"checkpoint": result.model_dump(mode="json"), "identity": identity})
     world.wait()
     return result
 
@@ -154,14 +157,14 @@ def _train(
     run: Run,
     feed: Feed,
     snapshots: Snapshots,
+    publisher: Publisher,
     updates: range,
     history: list[dict[str, float]],
     progress: Progress,
-    reporter: Reporter,
-    folder: Path,
 ) -> None:
     """Make ``updates``; adds to ``history`` what is logged."""
     settings, total = run.recipe.distill, updates.stop - 1
+    folder, reporter = publisher.folder, publisher.reporter
     traced = settings.profile_updates if run.world.is_first else 0
     losses: list[float] = []
     with tracing(traced, folder, run.device, reporter) as trace:
@@ -180,6 +183,7 @@ def _train(
                 if run.world.is_first:
                     snapshots.save(update, state, score=sum(losses) / len(losses) if losses else None)
                 losses.clear()
+            publisher.publish(update, total)
 
 
 def _open(
@@ -200,7 +204,7 @@ def _open(
     place = str(folder / "snapshots") if place is None else storage.join(place, *folder.absolute().parts[-3:])
     snapshots = Snapshots(place, identity, recipe.distill.keep_checkpoints)
     encoder = Encoder(processor, recipe.data.max_length, recipe.targets.positions)
-    feed = Feed(recipe, open_dataset(data), encoder, world, pinned=device.startswith("cuda"))
+    feed = Feed(recipe, open_dataset(data), encoder, world, device.startswith("cuda"), reader.unusable)
     most = int(recipe.data.max_bad_share * len(feed.dataset))
     return Run(recipe, device, model, original, reader, world, most), feed, snapshots
 

@@ -62,11 +62,12 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str) -> tuple[World, str]:
+def join(device: str, timeout: timedelta | None = None) -> tuple[World, str]:
     """Find the other processes that torchrun has started, if it has, and this one's own device.
 
     Args:
         device: ``cpu``, or ``cuda``, of which each process of a machine takes the one with its local rank.
+        timeout: how long an exchange may wait for the slowest; None is torch's own.
 
     Returns:
         The world and the device, such as ``cuda:1``.
@@ -79,5 +80,5 @@ def join(device: str) -> tuple[World, str]:
         return World(), device
     if not dist.is_initialized():
         # Counts and names are on the CPU in any case.
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size()), device

@@ -8,15 +8,17 @@ store's identity, like everything else that decides the content.
 
 A store is a folder (local or ``s3://``): ``shard-I-of-N.safetensors`` with its checksum in ``shard-I-of-N.json``,
 written in that order, and ``manifest.json`` once all shards are there. Data without its checksum file is not believed.
+A sample that could not be loaded any more has no targets; its shard's JSON names it and says why.
 
 Shapes: P positions of all samples asked for, V vocabulary, k kept tokens a position.
 """
 
+from matvlm.targets.batches import batch_targets
 from matvlm.targets.check import GradientError, GradientReport, check_gradients
-from matvlm.targets.compute import batch_targets, compute_shard, shard_rows
+from matvlm.targets.compute import ShardMaker, shard_rows
 from matvlm.targets.identity import Identity, TargetError
 from matvlm.targets.job import TargetJob
-from matvlm.targets.shards import SampleTargets, Shard, write_shard
+from matvlm.targets.shards import SampleTargets, Shard, missing_shards, write_shard
 from matvlm.targets.store import StoreManifest, TargetReader, join_shards, open_targets, read_manifest
 
 __all__ = [
@@ -25,14 +27,15 @@ __all__ = [
     "Identity",
     "SampleTargets",
     "Shard",
+    "ShardMaker",
     "StoreManifest",
     "TargetError",
     "TargetJob",
     "TargetReader",
     "batch_targets",
     "check_gradients",
-    "compute_shard",
     "join_shards",
+    "missing_shards",
     "open_targets",
     "read_manifest",
     "shard_rows",

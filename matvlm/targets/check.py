@@ -19,7 +19,7 @@ from matvlm.data.prepare import encode_rows
 from matvlm.losses import dense_kl
 from matvlm.reporting import Reporter
 from matvlm.storage import join, write_json
-from matvlm.targets.compute import compute_shard
+from matvlm.targets.compute import ShardMaker
 from matvlm.targets.identity import Identity
 from matvlm.targets.store import TargetReader
 from matvlm.teacher import kept_logits
@@ -61,7 +61,7 @@ def check_gradients(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     encoder: Encoder,
-    rows: Sequence[dict[str, Any]],
+    rows: Any,
     batch_size: int,
     uri: str,
     reader: TargetReader,
@@ -72,14 +72,14 @@ def check_gradients(
 
     Args:
         student: at whose output the gradients are taken; its frozen weights are the teacher's.
-        rows: the samples to do it on, of the store's data.
+        rows: the data set's rows to do it on.
         reader: of the store at ``uri``, whose identity is ``identity``.
     """
     other = OTHER["topk_tail" if identity.scheme == "topk_sampled" else "topk_sampled"]
     run = identity.model_copy(update=other)
     with TemporaryDirectory() as folder:
-        shard = compute_shard(teacher, encoder, rows, Targets(shards=1, batch_size=batch_size), folder, 0, run)
-        readers = [reader, TargetReader(folder, [shard])]
+        settings = Targets(shards=1, batch_size=batch_size)
+        readers = [reader, TargetReader(folder, ShardMaker(teacher, encoder, rows, settings, folder, run).make([0]))]
         sums = [_Errors(), _Errors()]
         for start in range(0, len(rows), batch_size):
             chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]

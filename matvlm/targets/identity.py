@@ -41,7 +41,7 @@ class Identity(Artifact):
         return cls(
             teacher=teacher,
             data=data.fingerprint,
-            template=_template_hash(processor),
+            template=template_hash(processor),
             max_length=recipe.data.max_length,
             max_turns=recipe.data.max_turns,
             top_k=settings.top_k,
@@ -74,7 +74,7 @@ def refuse_other(store: Identity, run: Identity, where: str) -> None:
         )
 
 
-def _template_hash(processor: Any) -> str:
+def template_hash(processor: Any) -> str:
     """Covers what decides token ids and pixels; not which implementation of the image processor is installed."""
     images = {k: v for k, v in processor.image_processor.to_dict().items() if not k.endswith(("_type", "_class"))}
     own = {k: v for k, v in vars(processor).items() if isinstance(v, str | int | float | dict)}

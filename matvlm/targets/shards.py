@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -45,6 +45,8 @@ class Shard(Artifact):
     num_bytes: int
     num_samples: int
     num_positions: int
+    unusable: dict[str, str] = Field(default_factory=dict)
+    """Samples that have no targets here because they could not be loaded: id -> why."""
 
 
 class ShardRecord(Artifact):
@@ -55,17 +57,23 @@ class ShardRecord(Artifact):
 
 
 def write_shard(
-    uri: str, shard_index: int, num_shards: int, samples: Iterable[SampleTargets], identity: Identity
+    uri: str,
+    shard_index: int,
+    num_shards: int,
+    samples: Iterable[SampleTargets],
+    identity: Identity,
+    unusable: Mapping[str, str] | None = None,
 ) -> Shard:
     """Write one shard file and then its checksum file, each atomically.
 
-    Log-probabilities become float16, token ids uint16 where all are below 65536 and int32 otherwise.
+    Log-probabilities become float16, token ids uint16 where all are below 65536 and int32 otherwise. ``unusable``
+    samples are those of the shard's rows that are missing from ``samples``.
 
     Raises:
         TargetError: a sample id occurs twice, or a sample's targets are not numbers.
         StorageError: it could not be written; nothing is left in its place.
     """
-    compact = [_compact(sample, uri) for sample in samples]
+    compact = [compacted(sample, uri) for sample in samples]
     ids = [sample.id for sample in compact]
     refuse_duplicates(ids, uri)
     token_ids = _concatenate([sample.token_ids for sample in compact], torch.int32)
@@ -87,6 +95,7 @@ def write_shard(
         num_bytes=len(content),
         num_samples=len(ids),
         num_positions=len(token_ids),
+        unusable=dict(unusable or {}),
     )
     write_bytes(join(uri, shard.file), content)
     record = ShardRecord(identity=identity, shard=shard)
@@ -136,6 +145,12 @@ def open_shard(uri: str, shard: Shard) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
+def missing_shards(uri: str, num_shards: int) -> list[int]:
+    """The shards of the store at ``uri`` that are not finished; nothing is verified."""
+    names = [shard_name(index, num_shards) for index in range(num_shards)]
+    return [index for index, name in enumerate(names) if not exists(join(uri, f"{name}.json"))]
+
+
 def shard_name(index: int, num_shards: int) -> str:
     return f"shard-{index:05d}-of-{num_shards:05d}"
 
@@ -148,20 +163,25 @@ def read_checked(uri: str, kind: type[AnyArtifact]) -> AnyArtifact:
         raise TargetError(f"{uri}: not a {kind.__name__} of this version of matvlm: {error}") from None
 
 
-def refuse_duplicates(ids: list[str], uri: str) -> None:
-    """Raise a ``TargetError`` that names a sample id which occurs twice."""
-    if len(set(ids)) < len(ids):
-        twice = next(id for id, count in Counter(ids).items() if count > 1)
-        raise TargetError(f"{uri}: sample id {twice!r} occurs twice; ids must be unique in the data set")
+def compacted(sample: SampleTargets, uri: str) -> SampleTargets:
+    """``sample`` in the types of a shard (ids still int32).
 
-
-def _compact(sample: SampleTargets, uri: str) -> SampleTargets:
+    Raises:
+        TargetError: its targets are not numbers.
+    """
     if sample.logprobs.isnan().any() or sample.tail.isnan().any():
         raise TargetError(
             f"{uri}: the teacher's output for sample {sample.id!r} is not a number; try teacher.dtype=float32"
         )
     drawn = None if sample.sampled_ids is None else sample.sampled_ids.int()
     return SampleTargets(sample.id, sample.token_ids.int(), sample.logprobs.half(), sample.tail.half(), drawn)
+
+
+def refuse_duplicates(ids: list[str], uri: str) -> None:
+    """Raise a ``TargetError`` that names a sample id which occurs twice."""
+    if len(set(ids)) < len(ids):
+        twice = next(id for id, count in Counter(ids).items() if count > 1)
+        raise TargetError(f"{uri}: sample id {twice!r} occurs twice; ids must be unique in the data set")
 
 
 def _narrow(token_ids: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ def join_shards(uri: str, num_shards: int, identity: Identity, reporter: Reporte
     )
     write_json(join(uri, MANIFEST), manifest.model_dump(mode="json"))
     numbers = ("num_samples", "num_positions", "bytes_per_position", "kept_mass_mean", "kept_mass_p1")
-    (reporter or Reporter()).metrics({f"targets/{name}": getattr(manifest, name) for name in numbers})
+    metrics = {f"targets/{name}": float(getattr(manifest, name)) for name in numbers}
+    (reporter or Reporter()).metrics(metrics | {"targets/num_unusable": float(len(reader.unusable))})
     return TargetStore(
         uri=uri,
         num_samples=manifest.num_samples,
@@ -104,6 +105,8 @@ class TargetReader:
 
     def __init__(self, uri: str, shards: Sequence[Shard]):
         self.uri = uri
+        self.unusable = {id: why for shard in shards for id, why in shard.unusable.items()}
+        """The samples that the store leaves out, as they could not be loaded when it was made: id -> why."""
         self._shards = [open_shard(uri, shard) for shard in shards]
         self._sampled = any("sampled_ids" in tensors for tensors in self._shards)
         self._offsets = [tensors["offsets"].tolist() for tensors in self._shards]
@@ -177,7 +180,6 @@ class TargetReader:
         try:
             shard, row = self._place[sample_id]
         except KeyError:
-            raise TargetError(
-                f"{self.uri}: no targets for sample {sample_id!r}: the store was made from other data"
-            ) from None
+            why = self.unusable.get(sample_id, "the store was made from other data")
+            raise TargetError(f"{self.uri}: no targets for sample {sample_id!r}: {why}") from None
         return shard, self._offsets[shard][row], self._offsets[shard][row + 1]

@@ -57,8 +57,7 @@ def measure(
 ) -> list[str]:
     model, processor = locate.load(teacher.uri, device, getattr(torch, recipe.teacher.dtype))
     job = TargetJob(recipe, model, processor, data, uri)
-    for shard in job.missing():
-        job.compute(shard)
+    job.compute(job.missing())
     size = job.join().bytes_per_position
     reader = open_targets(uri, job.identity)
     ids, micro = open_dataset(data)["id"][:], recipe.distill.micro_batch_size
