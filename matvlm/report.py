@@ -7,11 +7,11 @@ import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matvlm import plots
 from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
-from matvlm.evaluate import ComparedSample
+from matvlm.evaluate import ComparedSample, ScoreRow
 from matvlm.profiling import compare
 from matvlm.reporting import Reporter
 from matvlm.storage import write_bytes, write_json
@@ -33,23 +33,39 @@ class Row(NamedTuple):
     """Accuracy by kind of question, where the task has kinds."""
 
 
-def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task: str) -> list[Row]:
-    """The accuracy of every model on ``task``; the teacher is the measure of the others.
+def common_task(tasks: Sequence[str], results: Sequence[EvalResult]) -> str:
+    """The first of ``tasks`` that every result has a score of, by which models are ranked.
 
     Raises:
-        ValueError: the results are not those of ``checkpoints``, in their order, or there is no teacher among them.
+        ValueError: there is none; the message says which tasks failed.
+    """
+    for task in tasks:
+        if all(task in result.scores for result in results):
+            return task
+    failed = [f"{result.label}, {task}: {error}" for result in results for task, error in result.failed.items()]
+    raise ValueError(f"report: no task has a score for every model ({'; '.join(failed) or 'none failed'})")
+
+
+def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task: str) -> list[Row]:
+    """The accuracy of every model on ``task``, or what its score is of the best possible one, in [0, 1] as well.
+
+    The teacher is the measure of the others.
+
+    Raises:
+        ValueError: the results are not those of ``checkpoints``, in their order, there is no teacher among them, or one
+            has no such score.
     """
     labels, found = ([one.label for one in those] for those in (checkpoints, results))
     if labels != found or TEACHER not in labels:
         raise ValueError(f"report: results of {found} do not fit the models {labels}, one of them {TEACHER!r}")
-    of_teacher = results[labels.index(TEACHER)].metrics[f"{task}/accuracy"]
+    of_teacher = _accuracy(results[labels.index(TEACHER)], task)
     return [
         Row(
             label=checkpoint.label,
             init=checkpoint.init or "-",
             updates=checkpoint.updates if checkpoint.init else 0,
-            accuracy=result.metrics[f"{task}/accuracy"],
-            share=result.metrics[f"{task}/accuracy"] / of_teacher if of_teacher else math.nan,
+            accuracy=_accuracy(result, task),
+            share=_accuracy(result, task) / of_teacher if of_teacher else math.nan,
             num_questions=result.num_questions,
             kinds={
                 name.removeprefix(f"{task}/accuracy_"): value
@@ -61,6 +77,14 @@ def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task:
     ]
 
 
+def _accuracy(result: EvalResult, task: str) -> float:
+    if task in result.scores:
+        return result.scores[task].value / 100
+    if f"{task}/accuracy" not in result.metrics:
+        raise ValueError(f"report: {result.label} has no score of {task}: {result.failed.get(task, 'nothing failed')}")
+    return result.metrics[f"{task}/accuracy"]
+
+
 def write_accuracy(table: Sequence[Row], samples: Sequence[ComparedSample], folder: Path, reporter: Reporter) -> None:
     """``accuracy.md``, ``accuracy.png`` and ``answers.html`` into ``folder``, kept with the run under ``report``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +94,50 @@ def write_accuracy(table: Sequence[Row], samples: Sequence[ComparedSample], fold
     for name in ("accuracy.md", "accuracy.png", "answers.html"):
         reporter.artifact(folder / name, "report")
     reporter.metrics({f"accuracy/{row.label}": row.accuracy for row in table})
+
+
+def write_comparison(
+    rows: Sequence[ScoreRow], regressions: Sequence[ComparedSample], folder: Path, reporter: Reporter
+) -> None:
+    """``scores.md``, ``scores.json`` and ``regressions.html`` into ``folder``, kept with the run under ``report``.
+
+    ``reporter`` also gets the drop of each task.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "scores.md", score_table(rows).encode())
+    columns, cells = score_columns(rows)
+    write_json(folder / "scores.json", {"columns": columns, "data": cells})
+    title = "Questions that the teacher answered right and the student wrong"
+    write_gallery(regressions, folder / "regressions.html", title)
+    reporter.table(folder / "scores.json", "report")
+    for name in ("scores.md", "regressions.html"):
+        reporter.artifact(folder / name, "report")
+    reporter.metrics({f"drop/{row.task}": row.drop for row in rows if row.drop is not None})
+
+
+def score_table(rows: Sequence[ScoreRow]) -> str:
+    """Teacher and student side by side as Markdown, each score with its standard error."""
+    head = "| task | metric | teacher | student | drop | % of the teacher's |\n|---|---|--:|--:|--:|--:|\n"
+    lines = []
+    for row in rows:
+        both = [str(row.teacher or "-"), str(row.student or "-"), _points(row.drop), _points(row.drop_percent)]
+        note = " (" + row.note.replace("|", "/").replace("\n", " ") + ")" if row.note else ""
+        lines.append(f"| {row.task}{note} | {row.metric} | {' | '.join(both)} |\n")
+    return head + "".join(lines)
+
+
+def score_columns(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[Any]]]:
+    """``score_table`` as column names and a list of JSON values for each row."""
+    scored = ["teacher", "teacher_stderr", "student", "student_stderr", "drop", "drop_percent"]
+    cells = []
+    for row in rows:
+        scores = [part for each in (row.teacher, row.student) for part in (each and each.value, each and each.stderr)]
+        cells.append([row.task, row.metric, *scores, row.drop, row.drop_percent, row.note])
+    return ["task", "metric", *scored, "note"], cells
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def write_profile(result: ProfileResult, folder: Path, reporter: Reporter) -> None:
@@ -126,7 +194,9 @@ def headline(table: Sequence[Row], result: ProfileResult, student: str = "studen
     }
 
 
-def write_gallery(samples: Sequence[ComparedSample], path: Path) -> None:
+def write_gallery(
+    samples: Sequence[ComparedSample], path: Path, title: str = "Teacher and student on the same questions"
+) -> None:
     """One self-contained HTML page: each image with its question, the expected answer and both models' answers."""
     items = "".join(_figure(sample) for sample in samples)
     page = (
@@ -134,7 +204,7 @@ def write_gallery(samples: Sequence[ComparedSample], path: Path) -> None:
         "body{font:15px sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:1.2em}"
         "figure{width:13em;margin:0;padding:.8em;border:1px solid #ccc;border-radius:6px}"
         "img{width:100%;image-rendering:pixelated}.right{color:#00734d}.wrong{color:#b03000}"
-        f"</style><h1>Teacher and student on the same questions</h1><main>{items}</main>"
+        f"</style><h1>{title}</h1><main>{items}</main>"
     )
     write_bytes(path, page.encode())
 
@@ -144,9 +214,10 @@ def _figure(sample: ComparedSample) -> str:
         mark = "right" if right else "wrong"
         return f"<div class='{mark}'>{name}: {html.escape(text) or '(nothing)'} ({mark})</div>"
 
-    image = base64.b64encode(sample.png).decode()
+    data = f"data:image/png;base64,{base64.b64encode(sample.png).decode()}"
+    image = f"<img alt='{html.escape(sample.id)}' src='{data}'>" if sample.png else "<div>(no image)</div>"
     return (
-        f"<figure><img alt='{html.escape(sample.id)}' src='data:image/png;base64,{image}'>"
+        f"<figure>{image}"
         f"<figcaption><b>{html.escape(sample.question)}</b><div>expected: {html.escape(sample.expected)}</div>"
         f"{answer('teacher', sample.teacher_answer, sample.teacher_right)}"
         f"{answer('student', sample.student_answer, sample.student_right)}</figcaption></figure>"

@@ -1,9 +1,10 @@
-"""Evaluation: batched answers and likelihoods equal one-by-one ones, scores are counted right, bad input is refused."""
+"""A model as lm-eval sees it: batched answers and likelihoods equal one-by-one ones, and none is asked for twice."""
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,64 +13,36 @@ import pytest
 import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CachingLM
 from PIL import Image
+from tiny_evaluation import QUESTIONS, build, build_processor, choices, random_images, requests, save
 
-from matvlm.artifacts import Checkpoint
-from matvlm.config import Evaluate
+from matvlm.cli import main
 from matvlm.data.encoding import Encoder
-from matvlm.evaluate import EvaluationError, compare_samples, easyvqa, evaluate, evenly_spaced, prefix
+from matvlm.evaluate import EvaluationError, pictures, prefix, tasks
+from matvlm.evaluate.adapter import CheckpointVLM
+from matvlm.evaluate.answers import PREFIX, Answers
 from matvlm.evaluate.harness import VLM
-from matvlm.init import convert_
-from matvlm.models import hybrid, small
-from matvlm.reporting import Reporter
+from matvlm.evaluate.scores import metrics_of
+from matvlm.evaluate.tasks.easyvqa import scorer
 
 LOGLIKELIHOOD_TOLERANCE = 1e-5
 """Nats; batching changes the order of sums in fp32. Measured: at most 2.4e-7 over 5 seeds, at values down to -14."""
 
-SIZES = small.SmallVLM(
-    image_size=32, vision_hidden=32, vision_layers=1, vision_heads=2, vision_mlp=64, hidden=32, layers=4, heads=2
-)
-WORDS = "is there a red green blue circle triangle shape what color in the image ? yes no big small round"
-QUESTIONS = ["is there a red circle?", "what color?", "is there a blue triangle in the image?", "what shape is there?"]
-
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return small.build_processor(SIZES, small.build_tokenizer([WORDS]))
-
-
-def build(processor: Any) -> Any:
-    """A random model with weights so large that its answers differ by image and question."""
-    model = small.build_model(SIZES, processor.tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.25, generator=generator)
-    return model
+    return build_processor()
 
 
 @pytest.fixture(scope="module", params=["attention", "hybrid"])
 def model(request: pytest.FixtureRequest, processor: Any) -> Any:
-    model = build(processor)
-    if request.param == "hybrid":
-        convert_(model, [0, 2], "aligned", seed=0)
-    return model
+    return build(processor, (0, 2) if request.param == "hybrid" else ())
 
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(image.numpy()) for image in pixels]
-
-
-def requests(images: list[Image.Image], **gen_kwargs: Any) -> list[Instance]:
-    """Every question about every image."""
-    settings = {"until": [], "max_gen_toks": 6, "do_sample": False} | gen_kwargs
-    arguments = [(f"<image>{q}", settings, {"visual": [image]}) for image in images for q in QUESTIONS]
-    return [Instance("generate_until", {}, argument, n) for n, argument in enumerate(arguments)]
+    return random_images()
 
 
 def one_by_one(model: Any, processor: Any, images: list[Image.Image]) -> list[str]:
@@ -147,6 +120,130 @@ def test_requests_that_cannot_be_answered_are_refused(model: Any, processor: Any
         vlm.generate_until([Instance("generate_until", {}, ("<image>what?", {}, {"visual": images[:2]}), 0)])
 
 
+def opened(images: list[Image.Image], kind: str = "PNG") -> list[Image.Image]:
+    """The images as files that are open and not decoded yet."""
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        image.save(file, kind)
+    return [Image.open(file) for file in files]
+
+
+def test_images_are_decoded_for_their_batch_only(model: Any, processor: Any, images: list[Image.Image]) -> None:
+    files = opened(images)
+    assert VLM(model, processor, 5).generate_until(requests(files)) == one_by_one(model, processor, images)
+    assert all(image.fp is not None for image in files), "an image that has been decoded has closed its file"
+    assert len({pictures.key(image) for image in (*files, *opened(images))}) == len(images)
+
+
+def test_questions_with_and_without_images_go_together(
+    model: Any, processor: Any, images: list[Image.Image], monkeypatch: Any
+) -> None:
+    settings = {"until": [], "max_gen_toks": 4}
+    arguments: list[Any] = [(question, settings) for question in QUESTIONS]
+    arguments += [(f"<image>{question}", settings, {"visual": images[:1]}) for question in QUESTIONS]
+    arguments += [(f"<image><image>{question}", settings, {"visual": images[:2]}) for question in QUESTIONS]
+    instances = [Instance("generate_until", {}, argument, n) for n, argument in enumerate(arguments)]
+    alone = [VLM(model, processor, 1).generate_until([instance])[0] for instance in instances]
+    assert len(set(alone)) >= 6
+    assert VLM(model, processor, 12).generate_until(instances) == alone
+
+
+def test_an_image_that_cannot_be_read_costs_its_own_answers_only(
+    model: Any, processor: Any, images: list[Image.Image], monkeypatch: Any
+) -> None:
+    files = opened(images)
+    whole = pictures.encoded(files[1])
+    assert whole
+    files[1] = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+    expected = one_by_one(model, processor, images)
+    expected[4:8] = [""] * 4
+    for _ in ("shared prefix", "left padded"):
+        vlm = VLM(model, processor, 5)
+        assert vlm.generate_until(requests(files)) == expected
+        assert sorted(vlm.unreadable) == ["q4", "q5", "q6", "q7"]
+        assert "its image cannot be read" in vlm.unreadable["q4"]
+        monkeypatch.setattr(prefix, "FAMILIES", frozenset())
+
+
+class Counted(VLM):
+    """Counts the questions that reach the model."""
+
+    asked = 0
+
+    def _generate(self, inputs: dict[str, Any], limits: Any) -> list[str]:
+        self.asked += len(inputs["input_ids"])
+        return super()._generate(inputs, limits)
+
+    def _score(self, queries: Any, continuations: Any) -> Any:
+        self.asked += len(queries)
+        return super()._score(queries, continuations)
+
+
+def test_kept_answers_are_not_asked_for_again(
+    model: Any, processor: Any, images: list[Image.Image], tmp_path: Path
+) -> None:
+    whole = VLM(model, processor, 4)
+    answers, scores = whole.generate_until(requests(images)), whole.loglikelihood(choices(images))
+    first = Counted(model, processor, 4, answers=Answers(tmp_path, {"model": "a"}))
+    first.generate_until(requests(images)[:7])
+    first.loglikelihood(choices(images)[:20])
+    with (tmp_path / f"{PREFIX}0.jsonl").open("a") as file:
+        file.write('{"answers": {"torn')
+    for _ in range(2):
+        again = Counted(model, processor, 4, answers=Answers(tmp_path, {"model": "a"}))
+        assert again.generate_until(requests(images)) == answers
+        assert again.loglikelihood(choices(images)) == [pytest.approx(score, abs=1e-5) for score in scores]
+        assert again.asked in (12 - 7 + 36 - 20, 0)
+    assert again.asked == 0
+    assert again.answers.seconds > 0
+    other = Counted(model, processor, 4, answers=Answers(tmp_path, {"model": "b"}))
+    assert other.generate_until(requests(images)) == answers
+    assert other.asked == 12
+
+
+def test_lm_evals_own_cache_is_filled_batch_by_batch(
+    model: Any, processor: Any, images: list[Image.Image], tmp_path: Path
+) -> None:
+    class Interrupted(Counted):
+        def _generate(self, inputs: dict[str, Any], limits: Any) -> list[str]:
+            if self.asked >= 8:
+                raise KeyboardInterrupt
+            return super()._generate(inputs, limits)
+
+    first = Interrupted(model, processor, 4)
+    with pytest.raises(KeyboardInterrupt):
+        CachingLM(first, str(tmp_path / "cache.db")).generate_until(requests(images))
+    vlm = Counted(model, processor, 4)
+    cached = CachingLM(vlm, str(tmp_path / "cache.db"))
+    assert cached.generate_until(requests(images)) == VLM(model, processor, 4).generate_until(requests(images))
+    assert vlm.asked == 12 - first.asked in range(1, 5)
+
+
+def test_lm_evals_command_line_knows_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    checkpoint = save(tmp_path / "model", "student", (0, 2))
+    run = ["lm-eval", "--model", "matvlm", "--tasks", "easyvqa", "--limit", "6", "--batch_size", "4"]
+    assert (
+        main([*run, "--model_args", f"checkpoint={checkpoint.uri},dtype=float32", "--output_path", str(tmp_path)]) == 0
+    )
+    (written,) = tmp_path.glob("**/results_*.json")
+    results = json.loads(written.read_text())
+    assert results["n-samples"]["easyvqa"] == {"original": 9673, "effective": 6}
+    assert results["config"]["model"] == "matvlm"
+    assert len(results["config"]["model_sha"]) == 64
+    assert "|easyvqa|" in capsys.readouterr().out
+    for wrong, message in (
+        (f"checkpoint={tmp_path / 'absent'}", "absent: cannot open this checkpoint"),
+        ("pretrained=x", "expected checkpoint=URI, dtype, device, batch_size; got pretrained"),
+        (f"checkpoint={checkpoint.uri},dtype=float8", "dtype must be one of auto, float32, bfloat16, float16"),
+        (f"checkpoint={checkpoint.uri},batch_size=auto", "batch_size must be a whole number of at least 1, got 'auto'"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            CheckpointVLM.create_from_arg_string(wrong, {"batch_size": 1, "device": "cuda:0"})
+
+
 class Parrot(LM):
     """Answers each easy-VQA question by ``answer(document)``."""
 
@@ -168,16 +265,18 @@ class Parrot(LM):
 
 def test_accuracies_are_counted_over_all_and_per_kind() -> None:
     """A model that knows the shapes and else says no: right on shape questions and where no is the answer."""
-    task = easyvqa.task()
+    task = tasks.build(["easyvqa"])["easyvqa"]
     assert len(task.eval_docs) == 9673
     assert len(set(task.eval_docs["image_id"])) == 1000
     shapes = ("circle", "rectangle", "triangle")
     parrot = Parrot(lambda doc: f" {doc['expected'].title()}.\n" if doc["expected"] in shapes else "no")
-    chosen = evenly_spaced(9673, 400)
+    chosen = tasks.evenly_spaced(task, 400)
     results = evaluator.evaluate(parrot, {"tasks": {"easyvqa": task}}, samples={"easyvqa": chosen}, bootstrap_iters=0)
     expected = task.eval_docs.select(chosen)["expected"]
     no, yes, shape = (sum(answer in kind for answer in expected) for kind in (("no",), ("yes",), shapes))
     metrics = {name: value for name, value in results["results"]["easyvqa"].items() if name.startswith("accuracy")}
+    ours = metrics_of(task, results["samples"]["easyvqa"])
+    assert ours == {name.partition(",")[0]: value for name, value in metrics.items() if "_stderr" not in name}
     assert min(no, yes, shape, 400 - no - yes - shape) >= 30
     assert metrics["accuracy,none"] == pytest.approx((no + shape) / 400)
     assert metrics["accuracy_yes_no,none"] == pytest.approx(no / (no + yes))
@@ -190,98 +289,4 @@ def test_accuracies_are_counted_over_all_and_per_kind() -> None:
     [("Teal", 1), (" teal.", 1), ("teal .", 1), ("teal..", 0), ("", 0), ("teal teal", 0), ("\x00\ufffd", 0), (".", 0)],
 )
 def test_answer_is_compared_after_normalising(answer: str, right: int) -> None:
-    assert easyvqa.score({"expected": "teal"}, [answer]) == {"accuracy": right, "accuracy_color": right}
-
-
-def test_limit_spreads_over_the_split() -> None:
-    chosen = evenly_spaced(9673, 100)
-    assert len(set(chosen)) == 100
-    gaps = {after - before for before, after in zip(chosen, [*chosen[1:], 9673], strict=True)}
-    assert gaps <= {96, 97}
-    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
-
-
-class Recorder(Reporter):
-    def __init__(self) -> None:
-        self.seen: dict[str, float] = {}
-        self.files: list[Path] = []
-        self.last = (0, 0)
-
-    def metrics(self, values: Any, step: int = 0) -> None:
-        self.seen |= values
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        self.files.append(path)
-
-    def progress(self, done: int, total: int) -> None:
-        self.last = (done, total)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The untrained small VLM on disk, with a vocabulary that can answer."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    processor = small.build_processor(SIZES, small.build_tokenizer([WORDS]))
-    hybrid.save(build(processor), processor, folder / "model", {})
-    return Checkpoint(uri=str(folder / "model"), label="teacher")
-
-
-def test_evaluate_writes_what_it_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    reporter = Recorder()
-    result = evaluate(checkpoint, Evaluate(batch_size=16), 40, tmp_path / "out", reporter)
-    rows = [json.loads(line) for line in Path(result.samples_uri).read_text().splitlines()]
-    assert [row["id"] for row in rows] == [f"easyvqa-{n}" for n in evenly_spaced(9673, 40)]
-    assert result.num_questions == len(rows) == 40
-    assert all(row["right"] == (easyvqa.normalise(row["answer"]) == row["expected"]) for row in rows)
-    assert result.metrics["easyvqa/accuracy"] == sum(row["right"] for row in rows) / 40
-    assert result.metrics.items() <= reporter.seen.items()
-    assert reporter.last == (40, 40)
-    written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["metrics"] == result.metrics
-    assert written["questions"] == {"easyvqa": {"asked": 40, "of": 9673}}
-    assert "evenly spaced" in written["choice"]
-    assert sorted(path.name for path in reporter.files) == ["results.json", "samples.jsonl"]
-
-
-def test_unusable_checkpoint_or_task_is_one_clear_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    def refused(uri: Path, match: str, **settings: Any) -> None:
-        with pytest.raises(EvaluationError, match=match):
-            evaluate(Checkpoint(uri=str(uri), label="x"), Evaluate(**settings), 4, tmp_path / "out", Reporter())
-
-    refused(tmp_path / "absent", "absent: cannot open")
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    for file in Path(checkpoint.uri).iterdir():
-        content = file.read_bytes()
-        (cut / file.name).write_bytes(content[:2000] if file.suffix == ".safetensors" else content)
-    refused(cut, "cut: cannot open")
-    (cut / "config.json").write_text("{")
-    refused(cut, "cut: cannot open")
-    refused(Path(checkpoint.uri), "unknown task 'mme'; known are easyvqa", tasks=["mme"])
-    assert not (tmp_path / "out").exists()
-
-
-def sample_file(path: Path, answers: dict[int, str]) -> str:
-    rows = [
-        {"task": "easyvqa", "id": f"easyvqa-{n}", "image_id": str(n), "question": "what?", "expected": "teal"}
-        | {"answer": answer, "right": answer == "teal"}
-        for n, answer in answers.items()
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_compared_samples_show_differences_and_agreement(tmp_path: Path) -> None:
-    teacher = sample_file(tmp_path / "teacher.jsonl", dict.fromkeys(range(60), "teal"))
-    answers = {n: "gray" if n % 10 == 0 else "teal" for n in range(40)}
-    student = sample_file(tmp_path / "student.jsonl", answers)
-    shown = compare_samples(teacher, student, n=6, seed=1)
-    assert len(shown) == 6
-    assert {s.id for s in shown} <= {f"easyvqa-{n}" for n in range(40)}
-    differing = [s for s in shown if not s.student_right]
-    assert [(s.teacher_answer, s.student_answer) for s in differing] == [("teal", "gray")] * 3
-    assert Image.open(io.BytesIO(shown[0].png)).size == (64, 64)
-    assert shown == compare_samples(teacher, student, n=6, seed=1)
-    assert shown != compare_samples(teacher, student, n=6, seed=2)
-    assert len(compare_samples(teacher, teacher, n=6, seed=1)) == 6
-    assert len(compare_samples(teacher, student, n=100, seed=1)) == 40
+    assert scorer.score({"expected": "teal"}, [answer]) == {"accuracy": right, "accuracy_color": right}

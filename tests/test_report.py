@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
 import math
@@ -12,10 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from matvlm.artifacts import Checkpoint, EvalResult, ProfilePoint, ProfileResult
-from matvlm.evaluate import ComparedSample
-from matvlm.report import accuracy_table, headline, profile_table, rows, write_accuracy, write_gallery, write_profile
-from matvlm.reporting import Reporter
+from matvlm.artifacts import Checkpoint, EvalResult, ProfilePoint, ProfileResult, TaskScore
+from matvlm.evaluate import ComparedSample, ScoreRow
+from matvlm.report import (
+    accuracy_table,
+    common_task,
+    headline,
+    profile_table,
+    rows,
+    score_table,
+    write_accuracy,
+    write_comparison,
+    write_gallery,
+    write_profile,
+)
+from matvlm.reporting import Reporter, Reporters
+from matvlm.tracking import Tracker, sync
 
 CHECKPOINTS = [
     Checkpoint(uri="t", label="teacher"),
@@ -88,6 +101,9 @@ class Kept(Reporter):
         assert path.stat().st_size
         self.files.append((folder, path.name))
 
+    def table(self, path: Path, folder: str = "") -> None:
+        self.artifact(path, folder)
+
 
 def test_each_model_is_measured_by_the_teacher() -> None:
     teacher, student, untrained = rows(CHECKPOINTS, RESULTS, "easyvqa")
@@ -100,6 +116,26 @@ def test_each_model_is_measured_by_the_teacher() -> None:
     assert [row.accuracy for row in rows(CHECKPOINTS, RESULTS, "other")] == [0.25] * 3
     last = rows(CHECKPOINTS[::-1], RESULTS[::-1], "easyvqa")
     assert last == [untrained, student, teacher], "the teacher may stand anywhere"
+
+
+def scored(label: str, failed: dict[str, str] | None = None, **values: float) -> EvalResult:
+    scores = {task: TaskScore(metric="f1", value=value) for task, value in values.items()}
+    return result(label, 0.5).model_copy(update={"scores": scores, "failed": failed or {}})
+
+
+def test_models_are_ranked_by_the_first_task_that_all_have_a_score_of() -> None:
+    results = [
+        scored("teacher", pope=87.2, mme=73.0, easyvqa=99.0),
+        scored("student", {"easyvqa": "disk full"}, mme=71.5, pope=84.0),
+    ]
+    assert common_task(["easyvqa", "mme", "pope"], results) == "mme"
+    teacher, student = rows(CHECKPOINTS[:2], results, "mme")
+    assert (teacher.accuracy, student.accuracy) == (0.73, 0.715)
+    assert student.share == pytest.approx(71.5 / 73)
+    with pytest.raises(ValueError, match=r"no task has a score for every model \(student, easyvqa: disk full\)"):
+        common_task(["easyvqa"], results)
+    with pytest.raises(ValueError, match="student has no score of gqa: nothing failed"):
+        rows(CHECKPOINTS[:2], [scored("teacher", gqa=1.0), results[1]], "gqa")
 
 
 def test_a_teacher_that_knows_nothing_measures_nothing() -> None:
@@ -180,3 +216,48 @@ def test_reports_are_written_and_kept_with_the_run(tmp_path: Path) -> None:
     assert (folder / "accuracy.md").read_text() == accuracy_table(table)
     assert (folder / "profile.md").read_text() == profile_table(PROFILE)
     assert ProfileResult.model_validate(json.loads((folder / "profile.json").read_text())) == PROFILE
+
+
+SCORES = [
+    ScoreRow(
+        "pope", "f1", TaskScore(metric="f1", value=87.2, stderr=0.41), TaskScore(metric="f1", value=84.0), 3.2, 3.67
+    ),
+    ScoreRow("gqa", "accuracy", TaskScore(metric="accuracy", value=62.1), None, None, None, "student failed: a|b"),
+]
+
+
+def test_scores_as_markdown() -> None:
+    assert score_table(SCORES).splitlines()[2:] == [
+        "| pope | f1 | 87.20 ± 0.41 | 84.00 | 3.20 | 3.67 |",
+        "| gqa (student failed: a/b) | accuracy | 62.10 | - | - | - |",
+    ]
+
+
+def test_the_comparison_is_kept_also_as_a_table_of_mlflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``folder``: with an empty MLflow database."""
+    import mlflow
+
+    kept, tracker = Kept(), Tracker("run", folder / "run", "experiment")
+    tracker.parent({}, {})
+    with tracker.step("compare") as step:
+        write_comparison(SCORES, [SAMPLE], folder / "report", Reporters(step, kept))
+    assert kept.files == [("report", name) for name in ("scores.json", "scores.md", "regressions.html")]
+    assert kept.values == {"drop/pope": 3.2}
+    assert "teacher answered right and the student wrong" in (folder / "report" / "regressions.html").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    sync(folder / "run")  # what MLflow was too slow for while the run went on
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("experiment").experiment_id
+    table = client.load_table(experiment, "report/scores.json")
+    assert list(table["task"]) == ["pope", "gqa"]
+    assert list(table["teacher"]) == [87.2, 62.1]
+    assert table["teacher_stderr"][0] == pytest.approx(0.41)
+    assert math.isnan(table["student"][1])
+    assert table["note"][1] == "student failed: a|b"
+
+
+def test_an_answer_without_its_image_is_shown_all_the_same(tmp_path: Path) -> None:
+    write_gallery([dataclasses.replace(SAMPLE, png=b"")], tmp_path / "answers.html")
+    page = (tmp_path / "answers.html").read_text()
+    assert "<img" not in page
+    assert "teacher: yes (right)" in page

@@ -9,9 +9,10 @@ Shapes: B questions, L tokens of a prompt, C tokens of a continuation, N new tok
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,20 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
+from matvlm.evaluate import pictures
+from matvlm.evaluate.answers import Answers, key_of
+from matvlm.evaluate.parallel import Ranks
 from matvlm.evaluate.prefix import chunks, shared_prefix_batches, shares_prefixes
+from matvlm.evaluate.stopping import Limits, StopAt, cut, decode, limits_of
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
 
+logger = logging.getLogger(__name__)
+
 IMAGE_MARK = "<image>"
-DEFAULT_NEW_TOKENS = 256
+BLANK_SIZE = (224, 224)
 
 
 class Query(NamedTuple):
@@ -35,33 +42,48 @@ class Query(NamedTuple):
     number: int
     prompt: str
     images: list[Image.Image]
-    image_key: bytes
+    image_key: str
     """Equal for equal images."""
+    key: str
+    """Equal for equal questions."""
 
 
-class Limits(NamedTuple):
-    """Where an answer ends: after ``new_tokens`` tokens or before the first of the ``until`` strings."""
-
-    new_tokens: int
-    until: tuple[str, ...]
+Asked = Iterator[tuple[Sequence[Query], Iterable[Any]]]
+"""Batches and their answers."""
 
 
 class VLM(LM):
     """lm-eval's view of ``model``.
 
-    ``batch_size`` is in questions. ``model`` is used on the device and in the dtype it has.
+    Args:
+        model, processor: used on the device and in the dtype that the model has.
+        batch_size: in questions. Answers do not depend on it.
+        ranks: the processes that share the questions; lm-eval gives each its own.
+        answers: what was answered before, and where to keep what is answered now. With it, images are let go when all
+            is answered: lm-eval's records have their sha256 in place of them.
     """
 
     MULTIMODAL = True
 
     def __init__(
-        self, model: Any, processor: Any, batch_size: int, reporter: Reporter | None = None, label: str = "evaluate"
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int,
+        reporter: Reporter | None = None,
+        label: str = "evaluate",
+        ranks: Ranks | None = None,
+        answers: Answers | None = None,
     ):
         super().__init__()
         self.model, self.processor = model.eval(), processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size, self.reporter, self.label = batch_size, reporter, label
-        self._device = model.device
+        self.ranks, self.answers = ranks or Ranks(), answers
+        self._device, (self._rank, self._world_size) = model.device, self.ranks
+        self.unreadable: dict[str, str] = {}
+        """Questions whose image cannot be decoded, and why; their answer is empty."""
+        self._blank: dict[str, str] = {}
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -70,17 +92,16 @@ class VLM(LM):
         Raises:
             ValueError: a task asks for sampling, or a context's image marks do not fit its images.
         """
-        queries: dict[Limits, list[Query]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            queries[_limits(request.args[1])].append(self._query(number, request.args[0], request.args[2:]))
-        answers = [""] * len(requests)
-        with Progress(len(requests), self.label, "question", self.reporter) as progress:
-            for limits, members in queries.items():
+
+        def ask(queries: Sequence[Query]) -> Asked:
+            by_limits: dict[Limits, list[Query]] = defaultdict(list)
+            for query in queries:
+                by_limits[limits_of(requests[query.number].args[1])].append(query)
+            for limits, members in by_limits.items():
                 for batch, inputs in self._batches(members):
-                    for query, answer in zip(batch, self._generate(inputs, limits), strict=True):
-                        answers[query.number] = answer
-                    progress.update(len(batch))
-        return answers
+                    yield batch, self._generate(inputs, limits)
+
+        return self._answer("generate_until", requests, ask, "question", unreadable="")
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -89,21 +110,73 @@ class VLM(LM):
         Raises:
             ValueError: a context's image marks do not fit its images.
         """
-        queries = [self._query(number, r.args[0], r.args[2:]) for number, r in enumerate(requests)]
-        scores = [(0.0, True)] * len(requests)
-        with Progress(len(requests), self.label, "continuation", self.reporter) as progress:
+
+        def ask(queries: Sequence[Query]) -> Asked:
             for batch in self._by_length(queries):
-                continuations = [self._tokenize(requests[query.number].args[1]) for query in batch]
-                for query, score in zip(batch, self._score(batch, continuations), strict=True):
-                    scores[query.number] = score
-                progress.update(len(batch))
-        return scores
+                yield batch, self._score(batch, [self._tokenize(requests[query.number].args[1]) for query in batch])
+
+        scores = self._answer("loglikelihood", requests, ask, "continuation", unreadable=(float("-inf"), False))
+        return [(value, is_greedy) for value, is_greedy in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("perplexity of whole texts (loglikelihood_rolling) is not supported for VLMs")
 
-    def _query(self, number: int, context: str, multimodal: Sequence[dict[str, Any]]) -> Query:
-        images = [image.convert("RGB") for image in (multimodal[0].get("visual") or [])] if multimodal else []
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """A small ``tensor`` of every process, flat, one after the other."""
+        return torch.tensor(self.ranks.all(tensor.tolist())).flatten()
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """``obj`` of every process, in process ``dst``."""
+        return _with_all_metrics(self.ranks.gather(obj, dst))
+
+    def barrier(self) -> None:
+        self.ranks.wait()
+
+    def _answer(
+        self, kind: str, requests: list[Instance], ask: Callable[[Sequence[Query]], Asked], unit: str, unreadable: Any
+    ) -> list[Any]:
+        """An answer to each request, kept ones first, the others by ``ask``, each kept as soon as it is there.
+
+        Equal requests are asked once: POPE's splits share questions, and lm-eval repeats the last one in a process that
+        has fewer.
+        """
+        queries = [self._query(number, kind, request) for number, request in enumerate(requests)]
+        results: list[Any] = [self.answers.get(query.key) if self.answers else None for query in queries]
+        alike: dict[str, list[int]] = defaultdict(list)
+        for query in queries:
+            if results[query.number] is None:
+                alike[query.key].append(query.number)
+        missing = [queries[numbers[0]] for numbers in alike.values()]
+        done = len(requests) - sum(map(len, alike.values()))
+        with Progress(len(requests), self.label, unit, self.reporter, initial=done) as progress:
+            for batch, given in ask(missing):
+                found = {}
+                for query, answer in zip(batch, given, strict=True):
+                    readable = query.image_key not in self._blank
+                    if readable:
+                        found[query.key] = answer
+                    for number in alike[query.key]:
+                        results[number] = answer if readable else unreadable
+                        self._note(kind, requests[number], query, results[number])
+                if self.answers:
+                    self.answers.add(found)
+                progress.update(sum(len(alike[query.key]) for query in batch))
+        if self.answers:
+            _let_go(requests)
+        return results
+
+    def _note(self, kind: str, request: Instance, query: Query, answer: Any) -> None:
+        """Tell lm-eval's cache, or the world if the image of ``query`` cannot be read."""
+        if query.image_key not in self._blank:
+            self.cache_hook.add_partial(kind, request.args, answer)
+            return
+        id = str((request.doc or {}).get("id", request.doc_id))
+        self.unreadable[id] = self._blank[query.image_key]
+        logger.warning("%s: question %s is not answered: %s", self.label, id, self.unreadable[id])
+
+    def _query(self, number: int, kind: str, request: Instance) -> Query:
+        context, argument, *multimodal = request.args
+        images = list(multimodal[0].get("visual") or []) if multimodal else []
         texts = context.split(IMAGE_MARK)
         if len(texts) != len(images) + 1:
             raise ValueError(f"{len(texts) - 1} {IMAGE_MARK} marks but {len(images)} images in the context {context!r}")
@@ -113,10 +186,8 @@ class VLM(LM):
             content += [{"type": "text", "text": text.strip()}] * bool(text.strip())
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        key = sha256(repr([image.size for image in images]).encode())
-        for image in images:
-            key.update(image.tobytes())
-        return Query(number, prompt, images, key.digest())
+        image_key = " ".join(map(pictures.key, images))
+        return Query(number, prompt, images, image_key, key_of(kind, context, argument, image_key))
 
     def _batches(self, queries: list[Query]) -> Iterator[tuple[Sequence[Query], dict[str, Any]]]:
         """Batches of at most ``batch_size`` questions with the keyword arguments that ``generate`` needs for them."""
@@ -127,13 +198,15 @@ class VLM(LM):
                 yield batch, self._encode(batch)
 
     def _by_length(self, queries: Sequence[Query]) -> Iterator[Sequence[Query]]:
-        """Batches of prompts of about equal length, longest first: a batch that does not fit fails at once."""
+        """Batches of prompts with as many images each and about equal length, longest first: what does not fit fails
+        at once."""
         ordered = sorted(queries, key=lambda query: (len(query.images), len(query.prompt)), reverse=True)
-        return chunks(ordered, self.batch_size)
+        for _, alike in groupby(ordered, key=lambda query: len(query.images)):
+            yield from chunks(list(alike), self.batch_size)
 
     def _encode(self, queries: Sequence[Query], padding_side: str = "left") -> dict[str, Tensor]:
         """The processor's inputs for ``queries``: input_ids and attention_mask int64 [B, L], and image tensors."""
-        images = [query.images for query in queries]
+        images = [[self._decode(image, query) for image in query.images] for query in queries]
         encoded = self.processor(
             text=[query.prompt for query in queries],
             images=images if any(images) else None,
@@ -144,13 +217,21 @@ class VLM(LM):
         )
         return dict(encoded.to(self.model.device, self.model.dtype))
 
+    def _decode(self, image: Image.Image, query: Query) -> Image.Image:
+        """RGB pixels, or a blank where there are none to be had, so that the rest of its batch can go on."""
+        try:
+            return pictures.decode(image)
+        except (OSError, ValueError, SyntaxError) as error:  # PIL's for what it cannot read
+            self._blank[query.image_key] = f"its image cannot be read: {error}"
+            return Image.new("RGB", BLANK_SIZE)
+
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _generate(self, inputs: dict[str, Any], limits: Limits) -> list[str]:
         length = inputs["input_ids"].shape[1]
-        stop = [_StopAt(self.tokenizer, limits.until, length)] if limits.until else []
+        stop = [StopAt(self.tokenizer, limits.until, length)] if limits.until else []
         ids = self.model.generate(
             **inputs,
             max_new_tokens=limits.new_tokens,
@@ -159,7 +240,7 @@ class VLM(LM):
             pad_token_id=self.tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList(stop),
         )
-        return [_cut(text, limits.until) for text in _decode(self.tokenizer, ids[:, length:])]
+        return [cut(text, limits.until) for text in decode(self.tokenizer, ids[:, length:])]
 
     def _score(self, queries: Sequence[Query], continuations: Sequence[list[int]]) -> Iterable[tuple[float, bool]]:
         prompts = self._encode(queries, padding_side="right")
@@ -176,32 +257,21 @@ class VLM(LM):
             yield float(chosen.sum()), bool((log_probs.argmax(-1) == wanted).all())
 
 
-class _StopAt(StoppingCriteria):
-    """Ends an answer as soon as its text contains one of ``until``."""
-
-    def __init__(self, tokenizer: Any, until: tuple[str, ...], prompt_length: int):
-        self.tokenizer, self.until, self.prompt_length = tokenizer, until, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        texts = _decode(self.tokenizer, input_ids[:, self.prompt_length :])
-        return torch.tensor([_cut(text, self.until) != text for text in texts], device=input_ids.device)
-
-
-def _decode(tokenizer: Any, ids: Tensor) -> list[str]:
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
+def _with_all_metrics(gathered: list[Any] | None) -> list[Any] | None:
+    """lm-eval wants every metric of every process, also of one without a question that the metric is about."""
+    for task, values in (gathered or [{}])[0].items():
+        if isinstance(values, dict):
+            names = {name for each in gathered or [] for name in each[task]}
+            for each in gathered or []:
+                each[task].update({name: [] for name in names - each[task].keys()})
+    return gathered
 
 
-def _cut(text: str, until: Sequence[str]) -> str:
-    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
-
-
-def _limits(gen_kwargs: dict[str, Any]) -> Limits:
-    if gen_kwargs.get("do_sample") or gen_kwargs.get("num_beams", 1) != 1:
-        raise ValueError(f"answers are greedy here: remove do_sample and num_beams from generation_kwargs {gen_kwargs}")
-    until = gen_kwargs.get("until") or []
-    until = [until] if isinstance(until, str) else until
-    return Limits(int(gen_kwargs.get("max_gen_toks", DEFAULT_NEW_TOKENS)), tuple(text for text in until if text))
+def _let_go(requests: Iterable[Instance]) -> None:
+    for request in requests:
+        for multimodal in request.args[2:]:
+            images = multimodal.get("visual") or []
+            multimodal["visual"] = [image if isinstance(image, str) else pictures.key(image) for image in images]
 
 
 def _append(prompts: dict[str, Tensor], starts: list[int], continuations: Sequence[list[int]]) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def shared_prefix_batches(
     At most ``batch_size`` prefixes are held while their questions are answered, ``batch_size`` at a time.
     """
     image_token = model.config.image_token_id
-    by_image: dict[bytes, list[Query]] = defaultdict(list)
+    by_image: dict[str, list[Query]] = defaultdict(list)
     for query in queries:
         by_image[query.image_key].append(query)
     for group in chunks(list(by_image.values()), batch_size):

@@ -1,0 +1,1 @@
+"""easy-VQA for lm-eval; its YAML refers to the functions here."""

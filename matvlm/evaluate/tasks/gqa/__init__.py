@@ -1,0 +1,1 @@
+"""GQA for lm-eval; its YAML refers to the functions here."""

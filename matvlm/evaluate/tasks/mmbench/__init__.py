@@ -1,0 +1,1 @@
+"""MMBench for lm-eval; its YAML refers to the functions here."""

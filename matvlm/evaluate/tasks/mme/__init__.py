@@ -1,0 +1,1 @@
+"""MME for lm-eval; its YAML refers to the functions here."""

@@ -1,0 +1,1 @@
+"""MMMU for lm-eval; its YAML refers to the functions here."""

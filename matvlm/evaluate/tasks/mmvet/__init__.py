@@ -1,0 +1,1 @@
+"""MM-Vet for lm-eval; its YAML refers to the functions here."""

@@ -1,0 +1,1 @@
+"""POPE for lm-eval; its YAML refers to the functions here."""

@@ -1,0 +1,1 @@
+"""ScienceQA for lm-eval; its YAML refers to the functions here."""

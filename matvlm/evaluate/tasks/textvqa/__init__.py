@@ -1,0 +1,1 @@
+"""TextVQA for lm-eval; its YAML refers to the functions here."""

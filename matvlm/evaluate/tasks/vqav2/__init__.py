@@ -1,0 +1,1 @@
+"""VQA v2 for lm-eval; its YAML refers to the functions here."""
