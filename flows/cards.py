@@ -22,7 +22,7 @@ from matvlm.artifacts import EvalResult, ProfileResult
 from matvlm.reporting import Reporter
 
 if TYPE_CHECKING:
-    from matvlm.evaluate import ComparedSample
+    from matvlm.evaluate import ComparedSample, ScoreRow
 
 REFRESH_SECONDS = 10.0
 """Between two updates of a page. Each starts a process that imports the flow anew, on the cores that train: 0.6 s of a
@@ -124,18 +124,19 @@ class DistillCard(LiveCard):
 class EvaluateCard(LiveCard):
     """The evaluation of one model."""
 
-    id = "evaluate"
-    unit = "questions"
+    id, unit = "evaluate", "questions"
 
     def show(self, result: EvalResult) -> None:
-        """Its scores, accuracies in percent, and how they came about."""
-        scores = [[name.replace("_", " "), _percent(value)] for name, value in result.metrics.items()]
+        """Its scores with their standard errors on the scale of papers, every metric, and how they came about."""
+        scores = [[task, str(score), score.metric.replace("_", " ")] for task, score in result.scores.items()]
+        metrics = [[name.replace("_", " "), f"{value:.4f}"] for name, value in result.metrics.items()]
         facts = [
-            ["questions", f"{result.num_questions:,}"],
-            ["time", _duration(result.seconds)],
+            *([f"{task} failed", error] for task, error in result.failed.items()),
+            ["questions", f"{result.num_questions:,} in {_duration(result.seconds)}"],
             ["model", result.checkpoint_uri],
         ]
-        self.append(Table(scores, ["score", result.label]), Table(facts))
+        shown = [Table(scores, ["task", result.label, "score"])] if scores else []
+        self.append(*shown, Table(metrics, ["metric", result.label]), Table(facts))
 
 
 class ProfileCard(LiveCard):
@@ -157,17 +158,28 @@ class ProfileCard(LiveCard):
         self.append(Markdown("## All figures"), _figures(result), Markdown("## Measured on"), _machine(result))
 
 
-def show_comparison(rows: Sequence[Mapping[str, Any]], samples: Sequence[ComparedSample]) -> None:
+def show_comparison(
+    rows: Sequence[Mapping[str, Any]],
+    samples: Sequence[ComparedSample],
+    scores: Sequence[ScoreRow] = (),
+    regressions: Sequence[ComparedSample] = (),
+) -> None:
     """Fill the card ``compare`` with the models' accuracies and with questions as teacher and student answered them.
 
     Args:
         rows: a mapping per model with the fields of ``matvlm.report.Row``; accuracies are in [0, 1].
-        samples: from ``matvlm.evaluate.compare_samples``.
+        samples, scores, regressions: from ``compare_samples``, ``compare`` and ``worst_regressions``.
     """
     page = _page("compare")
     if page is None:
         return
-    page.extend([Markdown("# Teacher and student"), _accuracies(rows), VegaChart(charts.accuracy_bars(rows))])
+    page.append(Markdown("# Teacher and student"))
+    if rows:
+        page.extend([_accuracies(rows), VegaChart(charts.accuracy_bars(rows))])
+    if scores:
+        page.extend([Markdown("## Scores of each task"), _scores(scores)])
+    if regressions:
+        page.extend([Markdown("## Right before, wrong now"), _answers(regressions)])
     if samples:
         page.extend([Markdown("## The same questions, two answers"), _answers(samples)])
 
@@ -186,10 +198,23 @@ def _accuracies(rows: Sequence[Mapping[str, Any]]) -> Table:
     return _table(columns)
 
 
+def _scores(rows: Sequence[ScoreRow]) -> Table:
+    columns = {
+        "task": [row.task for row in rows],
+        "score": [row.metric.replace("_", " ") for row in rows],
+        "teacher": [str(row.teacher or "") for row in rows],
+        "student": [str(row.student or "") for row in rows],
+        "drop": ["" if row.drop is None else f"{row.drop:.2f}" for row in rows],
+        "of the teacher's": ["" if row.drop_percent is None else _percent(row.drop_percent / 100) for row in rows],
+        "note": [row.note for row in rows],
+    }
+    return _table(columns)
+
+
 def _answers(samples: Sequence[ComparedSample]) -> Table:
     rows = [
         [
-            Image(sample.png),
+            Image(sample.png) if sample.png else "(no image)",
             sample.question,
             sample.expected,
             _marked(sample.teacher_answer, sample.teacher_right),

@@ -1,9 +1,14 @@
-"""Evaluates and profiles a checkpoint that exists, without training, into MLflow beside the runs that made it.
+"""Evaluates and profiles a checkpoint that exists, without training, and decides what it may be called.
 
-    python flows/eval_flow.py run --checkpoint models:/matvlm@candidate
+    python flows/eval_flow.py run --checkpoint models:/matvlm/3
+
+start -> evaluate (a task per benchmark and model) -> compare -> profile -> gate -> end
 
 A checkpoint is a folder, ``s3://...``, ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``package://NAME`` or a hub
-id. The recipe gives tasks, limits and contexts; the model it names as teacher is the baseline of the speed ratios.
+id. The recipe gives tasks, limits, contexts and what promotion asks for; the model it names as teacher is the measure,
+and is evaluated once for all checkpoints. A registered version gets the verdict of the gate as tags and aliases.
+A benchmark that fails refuses promotion and loses no other one; run the flow again, and only it is evaluated anew.
+On a cluster, ``argo-workflows create`` makes this flow run for every checkpoint that is registered.
 """
 
 from __future__ import annotations
@@ -12,16 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import cards
+import evaluation
 import support
-from metaflow import Config, FlowSpec, Parameter, card, resources, step
+from metaflow import Config, FlowSpec, Parameter, card, catch, resources, step, trigger
 
 import matvlm
-from matvlm.artifacts import Checkpoint
+from matvlm.artifacts import Checkpoint, EvalResult
 from matvlm.config import Recipe
+from matvlm.storage import write_json
 
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
 
+@trigger(event={"name": evaluation.EVENT, "parameters": {"checkpoint": "checkpoint"}})
 class EvalFlow(FlowSpec):
     DEFAULT_RECIPE = support.RECIPES / "easyvqa.yaml"
     recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=Recipe))
@@ -30,27 +38,48 @@ class EvalFlow(FlowSpec):
     @step
     def start(self):
         from matvlm.models.locate import describe
-        from matvlm.tracking import resolve_checkpoint
+        from matvlm.tracking.registry import SCHEME, find_version
 
+        recipe = self.settings()
         with support.clear_errors("start"):
-            uri = resolve_checkpoint(self.checkpoint)
-            self.model = describe(uri, label="student").model_dump(mode="json")
-        self.run_key, self.folder = support.open_run(self.settings(), checkpoint=self.checkpoint, checkpoint_uri=uri)
-        self.next(self.evaluate)
+            found = find_version(self.checkpoint) if self.checkpoint.startswith(SCHEME) else None
+            self.version = found and found._asdict()
+            uri = found.checkpoint_uri if found else self.checkpoint
+            models = [Checkpoint(uri=recipe.teacher.uri, label="teacher"), describe(uri, label="student")]
+        self.models = {model.label: model.model_dump(mode="json") for model in models}
+        self.run_key, self.folder = support.open_run(recipe, checkpoint=self.checkpoint, checkpoint_uri=uri)
+        self.parts = [[label, task] for task in recipe.evaluate.tasks for label in self.models]
+        self.next(self.evaluate, foreach="parts")
 
+    @catch(var="failure", print_exception=False)
     @card(type="blank", id="evaluate", refresh_interval=1)
     @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def evaluate(self):
-        from matvlm.evaluate import evaluate
-
-        recipe, model = self.settings(), Checkpoint.model_validate(self.model)
-        page = cards.EvaluateCard(f"Evaluating {self.checkpoint}")
-        with support.stage(self, recipe, "evaluate", page) as reporter:
-            out = Path(self.folder) / "evaluation"
-            result = evaluate(model, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
+        recipe, (label, task) = self.settings(), self.input
+        model = Checkpoint.model_validate(self.models[label])
+        page = cards.EvaluateCard(f"{task}, {label}: {model.uri}")
+        with support.stage(self, recipe, f"evaluate[{label}, {task}]", page) as reporter:
+            result = evaluation.evaluate_task(model, recipe, task, reporter, support.device(self.index))
             page.show(result)
         self.result = result.model_dump(mode="json")
+        self.next(self.compare)
+
+    @card(type="blank", id="compare")
+    @step
+    def compare(self, inputs):
+        from matvlm import report
+        from matvlm.evaluate import compare, worst_regressions
+
+        self.merge_artifacts(inputs, exclude=["result", "failure", "_catch_exception"])
+        recipe, folder = self.settings(), Path(self.folder)
+        with support.stage(self, recipe, "compare") as reporter:
+            teacher, student = evaluation.join_tasks(self.models, inputs, folder / "evaluation")
+            scores, shown = compare(teacher, student), recipe.evaluate.samples_shown
+            regressions = worst_regressions(teacher.samples_uri, student.samples_uri, shown, recipe.seed)
+            report.write_comparison(scores, regressions, folder / "report", reporter)
+            cards.show_comparison([], [], scores, regressions)
+        self.results = [result.model_dump(mode="json") for result in (teacher, student)]
         self.next(self.profile)
 
     @card(type="blank", id="profile", refresh_interval=1)
@@ -62,22 +91,47 @@ class EvalFlow(FlowSpec):
 
         recipe = self.settings()
         page = cards.ProfileCard(f"Speed and memory of {self.checkpoint}")
-        models = [Checkpoint(uri=recipe.teacher.uri, label="teacher"), Checkpoint.model_validate(self.model)]
+        models = [Checkpoint.model_validate(model) for model in self.models.values()]
         with support.stage(self, recipe, "profile", page) as reporter:
             result = profile(models, recipe.profile, reporter, support.device())
             self.speed = result.model_dump(mode="json")
             report.write_profile(result, Path(self.folder) / "report", reporter)
             page.show(result)
+        self.next(self.gate)
+
+    @step
+    def gate(self):
+        from matvlm.gate import judge
+
+        recipe = self.settings()
+        with support.stage(self, recipe, "gate") as reporter:
+            teacher, student = self.evaluated()
+            verdict = judge(recipe, teacher, student)
+            reporter.metrics(verdict.numbers)
+            place = Path(self.folder) / "report" / "verdict.json"
+            write_json(place, verdict.model_dump(mode="json"))
+            reporter.artifact(place, "report")
+        aliases = None
+        if version := self.version:
+            tracker = support.tracker_of(self, recipe)
+            aliases = tracker.promote(version["name"], version["checkpoint_uri"], verdict, version["number"])
+        evaluation.print_verdict(verdict, aliases)
         self.next(self.end)
 
     @step
     def end(self):
+        _, student = self.evaluated()
         tracker = support.tracker_of(self, self.settings())
-        tracker.summary(self.result["metrics"])
+        tracker.summary(student.metrics)
         tracker.finish("FINISHED")
-        scores = "\n".join(f"{name}: {value:.4f}" for name, value in sorted(self.result["metrics"].items()))
-        print(f"{self.model['uri']}, {self.result['num_questions']:,} questions\n{scores}\n")
-        print((Path(self.folder) / "report" / "profile.md").read_text())
+        scores = "\n".join(f"{name}: {value:.4f}" for name, value in sorted(student.metrics.items()))
+        print(f"{student.checkpoint_uri}, {student.num_questions:,} questions\n{scores}\n")
+        for name in ("scores.md", "profile.md"):
+            print((Path(self.folder) / "report" / name).read_text())
+
+    def evaluated(self) -> list[EvalResult]:
+        """Of teacher and student."""
+        return [EvalResult.model_validate(result) for result in self.results]
 
     def settings(self) -> Recipe:
         return Recipe.model_validate(self.recipe.to_dict())

@@ -104,10 +104,13 @@ def clear_errors(step: str) -> Iterator[None]:
         raise StepError(step, error) from error
 
 
-def device() -> str:
+def device(task: int | None = None) -> str:
+    """Where a step computes; tasks of a foreach that give their number take turns at the GPUs of a machine."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if task is None else f"cuda:{task % torch.cuda.device_count()}"
 
 
 def load_teacher(recipe: Any, device: str = "cpu") -> tuple[Any, Any]:

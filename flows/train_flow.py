@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import cards
+import evaluation
 import support
 from metaflow import Config, FlowSpec, card, resources, step
 
@@ -60,9 +61,9 @@ class TrainFlow(FlowSpec):
 
         recipe, data = self.settings(), DataManifest.model_validate(self.data)
         with support.stage(self, recipe, f"teacher_targets[{self.input}]") as reporter:
-            model, processor = support.load_teacher(recipe, support.device())
+            model, processor = support.load_teacher(recipe, support.device(self.index))
             job = TargetJob(recipe, model, processor, data, str(self.path("targets")))
-            job.compute(self.input, reporter)
+            job.compute([self.input], reporter)
         self.identity = job.identity.model_dump(mode="json")
         self.next(self.join_targets)
 
@@ -109,7 +110,8 @@ class TrainFlow(FlowSpec):
         teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
         targets, folder = TargetStore.model_validate(self.targets), self.path("distill", str(student.init))
         progress = cards.DistillCard(f"Distilling {recipe.name}, initialisation {student.init}")
-        with support.stage(self, recipe, f"distill[{student.init}]", progress) as reporter:
+        registrar = evaluation.Registrar(self, recipe, str(student.init))
+        with support.stage(self, recipe, f"distill[{student.init}]", progress, registrar) as reporter:
             job = DistillJob(recipe=recipe, student=student, teacher=teacher, data=data, targets=targets, folder=folder)
             trained = run(job, reporter, support.device())
         self.trained = trained.model_dump(mode="json")
@@ -151,18 +153,20 @@ class TrainFlow(FlowSpec):
     @step
     def compare(self, inputs):
         from matvlm import report
-        from matvlm.evaluate import compare_samples
+        from matvlm.evaluate import compare, compare_samples, worst_regressions
 
         self.merge_artifacts(inputs, exclude=["result"])
         self.results = [task.result for task in inputs]
         recipe, results = self.settings(), [EvalResult.model_validate(result) for result in self.results]
         with support.stage(self, recipe, "compare") as reporter:
-            table = report.rows([Checkpoint.model_validate(m) for m in self.models], results, recipe.evaluate.tasks[0])
-            samples = compare_samples(
-                results[0].samples_uri, results[1].samples_uri, recipe.evaluate.samples_shown, recipe.seed
-            )
+            task = report.common_task(recipe.evaluate.tasks, results)
+            table = report.rows([Checkpoint.model_validate(m) for m in self.models], results, task)
+            chosen = (results[0].samples_uri, results[1].samples_uri, recipe.evaluate.samples_shown, recipe.seed)
+            samples, regressions = compare_samples(*chosen), worst_regressions(*chosen)
+            scores = compare(results[0], results[1])
             report.write_accuracy(table, samples, self.path("report"), reporter)
-            cards.show_comparison([row._asdict() for row in table], samples)
+            report.write_comparison(scores, regressions, self.path("report"), reporter)
+            cards.show_comparison([row._asdict() for row in table], samples, scores, regressions)
         self.next(self.profile)
 
     @card(type="blank", id="profile", refresh_interval=1)
@@ -184,15 +188,16 @@ class TrainFlow(FlowSpec):
     @step
     def register(self):
         from matvlm import report
+        from matvlm.gate import judge
 
         recipe = self.settings()
         models = [Checkpoint.model_validate(model) for model in self.models]
         results = [EvalResult.model_validate(result) for result in self.results]
-        table = report.rows(models, results, recipe.evaluate.tasks[0])
+        table = report.rows(models, results, report.common_task(recipe.evaluate.tasks, results))
         self.headline = report.headline(table, ProfileResult.model_validate(self.speed))
-        tracker, tags = support.tracker_of(self, recipe), {"recipe": recipe.name, "layers": str(models[1].layers)}
-        tracker.summary(self.headline)
-        self.version = tracker.register(recipe.tracking.model_name, models[1].uri, "student", self.headline, tags)
+        support.tracker_of(self, recipe).summary(self.headline)
+        tags, verdict = {"layers": str(models[1].layers)}, judge(recipe, results[0], results[1])
+        self.version = evaluation.register(self, recipe, models[1].uri, self.headline, tags, verdict)
         self.next(self.end)
 
     @step

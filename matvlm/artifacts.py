@@ -53,6 +53,19 @@ class Checkpoint(Artifact):
     trained_parameters: int = 0
 
 
+class TaskScore(Artifact):
+    """The one number that stands for a task, on the paper's scale: percent, and for MME the perception points / 20."""
+
+    metric: str
+    """Which of the task's metrics it is."""
+    value: float
+    stderr: float | None = None
+    """On the same scale; None where there is no estimate."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" if self.stderr is None else f"{self.value:.2f} ± {self.stderr:.2f}"
+
+
 class EvalResult(Artifact):
     """Scores of one checkpoint. ``samples_uri`` is a JSONL of per-question answers."""
 
@@ -63,6 +76,15 @@ class EvalResult(Artifact):
     num_questions: int
     seconds: float
     samples_uri: str
+    scores: dict[str, TaskScore] = {}
+    """By task; a task that has no score (a judge that is not there, a split whose answers are secret) has no entry."""
+    failed: dict[str, str] = {}
+    """Tasks that ended with an error -> the error."""
+
+    @property
+    def mean_score(self) -> float | None:
+        """The paper's mean: of every task that has a score, on the paper's scale; None where none has."""
+        return sum(score.value for score in self.scores.values()) / len(self.scores) if self.scores else None
 
 
 class ProfilePoint(Artifact):

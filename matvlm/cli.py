@@ -7,17 +7,19 @@ command: see ``flows/train_flow.py``.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from matvlm.artifacts import Checkpoint, DataManifest, ProfileResult
 from matvlm.config import Evaluate, Profile, Recipe
-from matvlm.recipes import load_recipe, split_overrides
+from matvlm.recipes import load_recipe, parse_recipe, split_overrides
 from matvlm.reporting import Reporter
 from matvlm.storage import StorageError, write_json
 from matvlm.tracking import TrackingError, resolve_checkpoint, sync
@@ -36,10 +38,21 @@ A CHECKPOINT is one of
   models:/NAME@candidate       a registered alias in MLflow
 """
 
+WATCHING = """\
+What is run for each is flows/eval_flow.py with the recipe, or COMMAND, in which {checkpoint} stands for the checkpoint:
+  python -m matvlm watch RECIPE --run "sbatch --wait evaluate.sh {checkpoint}"
+A checkpoint is evaluated once for each name of a recipe, however often watchers are stopped and started, and however
+many there are. An evaluation goes on when its watcher is killed; the next watcher takes its result.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (by default those of the process) name; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    forwarded = words[:1] == ["lm-eval"]
+    options = _parser().parse_args(words[:1] if forwarded else words)
+    if forwarded:
+        options.arguments = words[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if options.name in ("targets", "distill", "convert", "evaluate", "profile"):
@@ -105,13 +118,33 @@ def _parser() -> argparse.ArgumentParser:
     command = add("sync", _sync, "send to MLflow what it has missed of a run")
     command.add_argument("folder", metavar="FOLDER", help="the run's folder, the one that holds tracking/")
 
-    command = add("evaluate", _evaluate, "let a checkpoint answer the questions of a task", CHECKPOINTS)
+    command = add("watch", _watch, "evaluate every new checkpoint, once, as they appear", WATCHING)
+    command.add_argument("recipe", metavar="RECIPE", help="what they are evaluated by, with its promotion thresholds")
+    command.add_argument("--set", help=change, **changes)
+    places = command.add_mutually_exclusive_group()
+    what = "look at the versions of this registered model; default: the recipe's tracking.model_name"
+    places.add_argument("--registry-model", metavar="NAME", help=what)
+    places.add_argument("--folder", metavar="URI", help="look at the model folders below this one, also on s3://")
+    command.add_argument("--once", action="store_true", help="look once instead of going on")
+    command.add_argument("--every", type=_count, default=30, metavar="SECONDS", help="default: %(default)s")
+    command.add_argument("--retry", action="store_true", help="try those again whose evaluation failed before")
+    command.add_argument("--run", metavar="COMMAND", help="run this for each, in place of the flow")
+
+    summary = "let a checkpoint answer the questions of benchmarks; alone or under torchrun"
+    command = add("evaluate", _evaluate, summary, CHECKPOINTS)
     command.add_argument("checkpoint", metavar="CHECKPOINT")
     command.add_argument("--task", action="append", metavar="NAME", help="may be repeated; by default easyvqa")
+    what = "the folder with a task's data, local or on s3://; by default the hub is asked"
+    command.add_argument("--data", action="append", default=[], metavar="TASK=URI", help=what)
+    command.add_argument("--batch-size", type=_count, metavar="N", help="in questions")
+    what = "the folder of another checkpoint's evaluation, say the teacher's, to hold this one against"
+    command.add_argument("--against", type=Path, metavar="DIR", help=what)
     command.add_argument("--limit", type=_count, metavar="N", help="questions per task, evenly spaced; by default all")
     command.add_argument(
         "--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s"
     )
+
+    add("lm-eval", _lm_eval, "lm-eval's own command line, with the model matvlm and our tasks")
 
     defaults = Profile()
     command = add("profile", _profile, "measure speed and memory of checkpoints side by side", CHECKPOINTS)
@@ -142,27 +175,63 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _targets(options: argparse.Namespace) -> None:
+    """In one process for each GPU of this machine, unless something has started several already."""
     import torch
 
-    from matvlm.data.encoding import Encoder
-    from matvlm.data.prepare import prepare
-    from matvlm.models import locate
-    from matvlm.targets import TargetJob, read_manifest
+    from matvlm.processes import ProcessError, end_with_launcher, num_processes, run
+    from matvlm.targets import missing_shards
 
     recipe = _recipe(options.recipe, options.set)
     shards = range(recipe.targets.shards)
     if options.shard is not None and options.shard not in shards:
         raise ValueError(f"shard {options.shard}: targets.shards={len(shards)} are 0 to {len(shards) - 1}")
-    folder = Path("runs", recipe.name)
-    model, processor = locate.load(recipe.teacher.uri, _device(), getattr(torch, recipe.teacher.dtype))
-    encoder = Encoder(processor, recipe.data.max_length)
-    data = prepare(recipe.data, recipe.seed, folder / "data", encoder=encoder)
-    job = TargetJob(recipe, model, processor, data, options.out or str(folder / "targets"))
-    for shard in shards if options.shard is None else [options.shard]:
-        job.compute(shard)
-    if job.computed_samples:
-        rate = job.computed_samples / job.seconds
-        print(f"{job.computed_samples:,} samples in {job.seconds:.1f} s: {rate:,.1f} samples/s, writing included")
+    options.out = options.out or str(Path("runs", recipe.name, "targets"))
+    end_with_launcher()
+    if "WORLD_SIZE" not in os.environ and options.shard is None:
+        resources = recipe.resources.model_copy(update={"gpu": torch.cuda.device_count()})
+        count = min(num_processes(resources, _device()), len(missing_shards(options.out, len(shards))))
+        if count > 1:
+            changes = ["--set", *options.set] if options.set else []
+            check = ["--check", str(options.check)] if options.check else []
+            try:
+                run(["targets", options.recipe, "--out", options.out, *changes, *check], count)
+            except ProcessError as error:
+                raise ProcessError(f"{error}; finished shards stay: run it again for the others") from error
+            return
+    _recorded(_targets_here)(options, recipe)
+
+
+def _targets_here(options: argparse.Namespace, recipe: Recipe) -> None:
+    """This process's part of the shards; the first one joins them when the others are done."""
+    import torch
+
+    from matvlm.data.encoding import Encoder
+    from matvlm.data.prepare import prepare
+    from matvlm.distill.world import LONGEST_WAIT, join
+    from matvlm.models import locate
+    from matvlm.targets import TargetJob
+
+    world, device = join(_device(), LONGEST_WAIT)
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    model, processor = locate.load(recipe.teacher.uri, device, getattr(torch, recipe.teacher.dtype))
+    encoder, folder = Encoder(processor, recipe.data.max_length), Path("runs", recipe.name, "data")
+    data = world.from_first(lambda: prepare(recipe.data, recipe.seed, folder, encoder=encoder))
+    job = TargetJob(recipe, model, processor, data, options.out)
+    missing = world.from_first(job.missing)
+    finished = [shard for shard in range(recipe.targets.shards) if shard not in missing]
+    mine = [shard for part in (missing, finished) for shard in part[world.rank :: world.size]]
+    computed = world.gather(job.compute(mine if options.shard is None else [options.shard]))
+    world.leave()
+    if world.is_first:
+        if samples := sum(done.samples for done in computed):
+            seconds = max(done.seconds for done in computed)
+            print(f"{samples:,} samples in {seconds:.1f} s: {samples / seconds:,.1f} samples/s, writing included")
+        _join_targets(options, recipe, data, job)
+
+
+def _join_targets(options: argparse.Namespace, recipe: Recipe, data: DataManifest, job: TargetJob) -> None:
+    from matvlm.targets import read_manifest
+
     if missing := job.missing():
         print(f"{job.uri}: not joined, as shards are missing: {', '.join(map(str, missing))}")
         return
@@ -173,6 +242,8 @@ def _targets(options: argparse.Namespace) -> None:
         f"{store.bytes_per_position:.1f} B; mass of the top {store.identity.top_k}: mean {store.kept_mass_mean:.4%}, "
         f"1st percentile {store.kept_mass_p1:.4%}"
     )
+    if left_out := sum(len(shard.unusable) for shard in store.shards):
+        print(f"left out, as they could not be loaded: {left_out:,} sample(s); the shards' JSON files say why")
     if options.check:
         print(_gradient_table(_check_gradients(recipe, data, job, options.check)))
 
@@ -210,13 +281,18 @@ def _gradient_table(report: GradientReport) -> str:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from matvlm.distill.launch import end_with_launcher
+    from matvlm.processes import end_with_launcher
 
     end_with_launcher()
-    told = "TORCHELASTIC_ERROR_FILE" in os.environ  # whoever started this process reads its error there
-    (record(_distill_here) if told else _distill_here)(options)
+    _recorded(_distill_here)(options)
+
+
+def _recorded(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``; what it raises is also written where whoever started this process as one of several reads it."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    recorded: Callable[..., None] = record(command)
+    return recorded if "TORCHELASTIC_ERROR_FILE" in os.environ else command
 
 
 def _distill_here(options: argparse.Namespace) -> None:
@@ -259,15 +335,56 @@ def _sync(options: argparse.Namespace) -> None:
     print(f"{sync(options.folder):,} events sent")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from matvlm.evaluate import evaluate
-    from matvlm.inspection import table
+def _watch(options: argparse.Namespace) -> None:
+    from matvlm.watch import Folder, RegisteredModel, Watcher, evaluation, place_of
 
+    recipe = _recipe(options.recipe, options.set)
+    model = options.registry_model or recipe.tracking.model_name
+    source = Folder(options.folder) if options.folder else RegisteredModel(model)
+    command = evaluation(options.run, options.recipe, options.set)
+    place = place_of(source, recipe.name, Path(os.environ.get("MATVLM_RUNS", "runs")))
+    watcher = Watcher(source, recipe.name, command, place, partial(print, flush=True))
+    print(f"watching {source.name} with {options.recipe}", flush=True)
+    if not options.once:
+        watcher.keep_on(options.every, options.retry)
+    elif failed := watcher.once(options.retry):
+        raise ValueError(f"no evaluation of {', '.join(failed)}; see above, and try again with --retry")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from matvlm.evaluate import compare, evaluate, read_result
+    from matvlm.inspection import table
+    from matvlm.report import score_table
+
+    given = {"tasks": options.task, "data": dict(_task_data(word) for word in options.data)}
+    given["batch_size"] = options.batch_size
+    settings = parse_recipe(json.dumps({name: value for name, value in given.items() if value}), "", kind=Evaluate)
     (checkpoint,) = _checkpoints([options.checkpoint])
-    settings = Evaluate(tasks=options.task) if options.task else Evaluate()
+    other = read_result(options.against) if options.against else None
     result = evaluate(checkpoint, settings, options.limit, options.out, Reporter(), _device())
-    print(table([[name, f"{value:.2%}"] for name, value in result.metrics.items()]))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(table([["metric", "value"], *([name, f"{value:.4f}"] for name, value in result.metrics.items())]))
+    rows = [[task, str(score), score.metric] for task, score in result.scores.items()]
+    print(table([["task", "score", "metric"], *rows]))
+    for task, error in result.failed.items():
+        print(f"{task} failed: {error}", file=sys.stderr)
+    if other:
+        print(score_table(compare(other, result)), end="")
     print(f"{result.num_questions:,} questions in {result.seconds:.0f} s; every answer is in {result.samples_uri}")
+
+
+def _task_data(word: str) -> tuple[str, str]:
+    task, equals, uri = word.partition("=")
+    if not equals:
+        raise ValueError(f"--data {word}: expected TASK=URI, for instance pope=s3://bucket/POPE")
+    return task, uri
+
+
+def _lm_eval(options: argparse.Namespace) -> None:
+    from matvlm.evaluate.adapter import run_lm_eval
+
+    run_lm_eval(options.arguments, resolve_checkpoint)
 
 
 def _profile(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -150,7 +150,12 @@ class Targets(Section):
     samples: Annotated[int, Field(gt=0, le=1024)] = 16
     """Draws a position; ``topk_sampled`` only."""
     shards: Count = 2
+    """Files that are made one by one; each GPU makes some, so there should be several for each."""
     batch_size: Count = 32
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read and encode samples for each GPU; 0 does it in between."""
+    compile: bool = False
+    """Let torch.compile fuse the small operations of the teacher's decoder layers."""
 
 
 class Schedule(Section):
@@ -324,9 +329,15 @@ class Distill(Section):
     decoder layer. Changes memory and speed only."""
     compile: bool = False
     """Let torch.compile fuse the small operations of the decoder layers: faster, after some minutes of compiling."""
+    cuda_graphs: bool = False
+    """Record what the student does for a micro-batch, once for each length (rounded up to 64 tokens), and replay it:
+    for micro-batches so small that the GPU waits for its host. Keeps the memory of the largest reserved."""
     max_skipped_updates: Annotated[int, Field(ge=0)] = 10
     """Updates with a loss or gradient that is not finite are skipped and counted; one more than this stops the run."""
     checkpoint_every_updates: Count = 100
+    publish_every_updates: Annotated[int, Field(ge=0)] = 0
+    """Write the student as a model of its own after every so many updates and register it, for whoever evaluates what
+    is new; 0 never does. Such models are kept, each of the size of the whole student."""
     keep_checkpoints: Count = 2
     """The newest so many, and the one before which the loss was lowest."""
     snapshots: str | None = None
@@ -345,6 +356,15 @@ class Distill(Section):
         return self
 
     @model_validator(mode="after")
+    def _graphs_know_all(self) -> Distill:
+        if self.cuda_graphs and (self.packing or self.deepspeed.zero_stage == 3):
+            what = "packing" if self.packing else "deepspeed.zero_stage 3"
+            raise ValueError(
+                f"cuda_graphs replay one shape and the same weights, which {what} changes: use one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _comparisons_are_kept(self) -> Distill:
         if self.activation_checkpointing == "layers" and self.loss.layer and self.loss.layer_inputs == "student_forced":
             raise ValueError(
@@ -354,8 +374,29 @@ class Distill(Section):
         return self
 
 
+TASKS = (
+    *("easyvqa", "gqa", "mmbench_en_dev", "mmbench_en_test", "mme", "mmmu", "mmvet", "pope", "scienceqa_img"),
+    *("textvqa", "textvqa_ocr", "vqav2_testdev", "vqav2_val"),
+)
+"""The benchmarks of ``matvlm.evaluate.tasks``."""
+
+
+def _known(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known are {', '.join(TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known)]
+
+
 class Evaluate(Section):
-    tasks: list[str] = ["easyvqa"]
+    tasks: Annotated[list[TaskName], Field(min_length=1)] = ["easyvqa"]
+    data: dict[TaskName, str] = {}
+    """Task -> the folder with its data, local or ``s3://``, as on the hub or as the benchmark's authors give it; those
+    of the others are fetched from the hub, but easyvqa's, which are at hand."""
+    hub_org: str = "lmms-lab"
+    """The organisation on the Hugging Face hub that has the benchmarks' data sets."""
     limit: Count | None = None
     """Evaluate this many questions of each task, evenly spaced over its split; null takes all."""
     limit_comparisons: Count | None = None
@@ -375,6 +416,30 @@ class Profile(Section):
     repeats: Count = 3
 
 
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+Score = Annotated[float, Field(allow_inf_nan=False)]
+PerTask = Annotated[
+    Annotated[Score, Tag("(number)")] | Annotated[dict[str, Score], Tag("(by task)")],
+    Discriminator(lambda value: "(by task)" if isinstance(value, dict) else "(number)"),
+]
+"""One number for every task, or a number by task; a task that is not named is free."""
+
+
+class Promote(Section):
+    """What an evaluated student has to reach to become ``candidate`` in the model registry.
+
+    Scores are on the scale of ``TaskScore``; drops are shares of the teacher's score, in percent. With nothing set
+    every student passes whose tasks all have a score.
+    """
+
+    tasks: list[str] | None = None
+    """Of ``evaluate.tasks``, those that count; null is all. Leave out what has no score, such as an upload."""
+    max_mean_drop: Percent | None = None
+    """Of the mean over the tasks."""
+    max_drop: PerTask = {}
+    min_score: PerTask = {}
+
+
 class Tracking(Section):
     experiment: str = "matvlm"
     model_name: Annotated[str, Field(pattern=r"^[^./:%\"']+$")] = "matvlm"
@@ -388,7 +453,8 @@ class Resources(Section):
     memory_mb: Count = 4096
     gpu: Annotated[int, Field(ge=0)] = 0
     processes: Count | None = None
-    """Of the distillation, also in local runs; null is one for each GPU, or one where there is none."""
+    """Of the distillation and of ``python -m matvlm targets``, also in local runs; null is one for each GPU, or one
+    where there is none."""
 
 
 class Recipe(Section):
@@ -401,6 +467,7 @@ class Recipe(Section):
     targets: Targets = Targets()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    promote: Promote = Promote()
     profile: Profile = Profile()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
@@ -414,6 +481,21 @@ class Recipe(Section):
                 "topk_tail, or distill.loss.targets online"
             )
         return self
+
+    @model_validator(mode="after")
+    def _promotion_asks_for_what_is_evaluated(self) -> Recipe:
+        asked = {"tasks": self.promote.tasks or [], "max_drop": self.promote.max_drop}
+        for field, names in {**asked, "min_score": self.promote.min_score}.items():
+            for name in names if isinstance(names, list | dict) else []:
+                if name not in (self.evaluate.tasks if field == "tasks" else self.judged_tasks):
+                    where = "evaluate.tasks" if field == "tasks" else "the tasks that count"
+                    raise ValueError(f"promote.{field} names {name!r}, which is not in {where}")
+        return self
+
+    @property
+    def judged_tasks(self) -> list[str]:
+        """The tasks that the promotion is decided by."""
+        return self.evaluate.tasks if self.promote.tasks is None else self.promote.tasks
 
     @model_validator(mode="after")
     def _half_precision_autocasts(self) -> Recipe:

@@ -15,8 +15,14 @@ class Reporter:
     def artifact(self, path: Path, folder: str = "") -> None:
         """A finished local file worth keeping with the run, filed under ``folder``."""
 
+    def table(self, path: Path, folder: str = "") -> None:
+        """Such a file that is a table: JSON with ``columns`` and ``data``, a list of rows."""
+
     def progress(self, done: int, total: int) -> None:
         """``done`` of ``total`` units of work are finished."""
+
+    def published(self, folder: str, updates: int) -> None:
+        """The model in ``folder`` is what so many updates of training made; a continued run says it again."""
 
 
 class Reporters(Reporter):
@@ -33,6 +39,14 @@ class Reporters(Reporter):
         for reporter in self.reporters:
             reporter.artifact(path, folder)
 
+    def table(self, path: Path, folder: str = "") -> None:
+        for reporter in self.reporters:
+            reporter.table(path, folder)
+
     def progress(self, done: int, total: int) -> None:
         for reporter in self.reporters:
             reporter.progress(done, total)
+
+    def published(self, folder: str, updates: int) -> None:
+        for reporter in self.reporters:
+            reporter.published(folder, updates)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import s3_server
 import torch
+
+from matvlm.tracking.store import open_client
+
+SERVER_START_SECONDS = 90.0  # of MLflow's server; measured: 7.5 s
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,3 +54,55 @@ def bucket(s3_endpoint: str, tmp_path: Path) -> Iterator[str]:
     """The URI of an empty bucket there, which this process and those it starts can reach."""
     with s3_server.empty_bucket(s3_endpoint, tmp_path / "cache") as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes about 2 s to create its tables: do it once and copy the file."""
+    path = tmp_path_factory.mktemp("database") / "empty.db"
+    open_client(f"sqlite:///{path}").get_experiment("0")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a run, with an empty MLflow database where it is looked for by default."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def serve(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    """Starts ``mlflow ui`` on a port, in its own process group, and waits until it answers."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_server(port: int) -> subprocess.Popen[str]:
+        variables = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
+        with (folder / "server.log").open("a") as log:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | variables,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                text=True,
+            )
+        started.append(process)
+        deadline = time.monotonic() + SERVER_START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return process
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((folder / "server.log").read_text())
+
+    yield start_server
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

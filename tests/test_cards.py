@@ -34,13 +34,13 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "flows")!r}]
 from metaflow import FlowSpec, card, step
 
 import cards
-from matvlm.artifacts import EvalResult, ProfilePoint, ProfileResult
+from matvlm.artifacts import EvalResult, ProfilePoint, ProfileResult, TaskScore
 
 PNG = {PNG!r}
 
 
 def show_all():
-    from matvlm.evaluate import ComparedSample
+    from matvlm.evaluate import ComparedSample, ScoreRow
     from matvlm.report import Row
 
     distill = cards.DistillCard("Distillation of <b>the student")
@@ -52,8 +52,9 @@ def show_all():
     evaluate = cards.EvaluateCard("Evaluation")
     evaluate.progress(3, 10)
     metrics = {{"easyvqa/accuracy": 0.9571}}
+    score = TaskScore(metric="accuracy", value=95.71, stderr=0.21)
     evaluate.show(EvalResult(label="<b>student", checkpoint_uri="runs/x", metrics=metrics, num_questions=9673,
-                             seconds=92.0, samples_uri="s"))
+                             seconds=92.0, samples_uri="s", scores={{"easyvqa": score}}, failed={{"pope": "no data"}}))
     points = [
         ProfilePoint(label=label, context=context, batch_size=1, prefill_seconds=0.25, decode_tokens_per_second=speed,
                      cache_bytes=size * context * 1024, prefill_seconds_each=[0.25],
@@ -68,7 +69,11 @@ def show_all():
         Row("student", init="attention", updates=1200, accuracy=0.941, share=0.967, num_questions=9673, kinds=kinds)
         ._asdict(),
     ]
-    cards.show_comparison(rows, [ComparedSample("1", {HOSTILE!r}, "no", "no", "yes", True, False, PNG)])
+    sample = ComparedSample("1", {HOSTILE!r}, "no", "no", "yes", True, False, PNG)
+    lost = ComparedSample("2", "lost?", "no", "no", "maybe", True, False, b"")
+    scores = [ScoreRow("easyvqa", "accuracy", score, None, None, None, "student failed"),
+              ScoreRow("pope", "f1", score, TaskScore(metric="f1", value=90.0), 5.71, 5.966)]
+    cards.show_comparison(rows, [sample], scores, [lost])
 
 
 class CardsFlow(FlowSpec):
@@ -197,17 +202,18 @@ def test_evaluate_shows_scores_and_progress(flow: tuple[Path, str]) -> None:
     (bar,) = parts(drawn, "progressBar")
     assert (bar["value"], bar["max"]) == (3, 10)
     assert cells(drawn) == [
-        ["easyvqa/accuracy", "95.71\xa0%"],
-        ["questions", "9,673"],
-        ["time", "92 s"],
+        ["easyvqa", "95.71 ± 0.21", "accuracy"],
+        ["easyvqa/accuracy", "0.9571"],
+        ["pope failed", "no data"],
+        ["questions", "9,673 in 92 s"],
         ["model", "runs/x"],
     ]
-    assert next(parts(drawn, "table"))["columns"] == ["score", "<b>student"]
+    assert next(parts(drawn, "table"))["columns"] == ["task", "<b>student", "score"]
 
 
 def test_compare_shows_models_and_answers_with_their_pictures(flow: tuple[Path, str]) -> None:
     drawn = page(flow, "compare")
-    accuracies, answers = parts(drawn, "table")
+    accuracies, scores, regressions, answers = parts(drawn, "table")
     assert accuracies["columns"] == [
         "model",
         "initialised",
@@ -221,6 +227,11 @@ def test_compare_shows_models_and_answers_with_their_pictures(flow: tuple[Path, 
         ["teacher", "-", "0", "97.30\xa0%", "100.00\xa0%", "", "9,673"],
         ["student", "attention", "1,200", "94.10\xa0%", "96.70\xa0%", "95.50\xa0%", "9,673"],
     ]
+    assert scores["data"] == [
+        ["easyvqa", "accuracy", "95.71 ± 0.21", "", "", "", "student failed"],
+        ["pope", "f1", "95.71 ± 0.21", "90.00", "5.71", "5.97\xa0%", ""],
+    ]
+    assert regressions["data"] == [["(no image)", "lost?", "no", "✓ no", "✗ maybe"]]
     (row,) = answers["data"]
     assert row[1:] == [HOSTILE, "no", "✓ no", "✗ yes"]
     assert row[0]["src"].startswith("data:image/png;base64,")

@@ -58,7 +58,7 @@ def cells(line: str) -> list[str]:
 def test_help_names_every_command_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "targets", "distill", "convert", "sync", "evaluate", "profile"):
+    for name in ("inspect", "targets", "distill", "convert", "sync", "watch", "evaluate", "profile"):
         assert f"\n    {name} " in done.stdout
 
 
@@ -81,11 +81,20 @@ def test_inspect_shows_the_recipe_with_its_overrides(capsys: pytest.CaptureFixtu
 def test_evaluate_says_what_the_stage_says(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", str(models / "student"), "--task", "easyvqa", "--limit", "24", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[:-1])
+    printed = capsys.readouterr().out
+    words = {line.split()[0]: line.split()[1] for line in printed.splitlines() if line}
     checkpoint = Checkpoint(uri=str(models / "student"), label="student")
     expected = evaluate(checkpoint, Evaluate(), 24, tmp_path / "again", Reporter())
-    assert printed == {name: f"{value:.2%}" for name, value in expected.metrics.items()}
+    assert words.items() >= {name: f"{value:.4f}" for name, value in expected.metrics.items()}.items()
+    assert f"  {expected.scores['easyvqa']}  accuracy" in printed
     assert json.loads((tmp_path / "results.json").read_text())["num_questions"] == 24
+    settings = ["--against", str(tmp_path), "--data", "pope=nowhere", "--task", "pope", "--batch-size", "5"]
+    assert main([*arguments[:-1], str(tmp_path / "both"), *settings]) == 0
+    told = capsys.readouterr()
+    assert "| easyvqa | accuracy | " in told.out
+    assert "pope failed: nowhere: no such folder" in told.err
+    record = json.loads((tmp_path / "both" / "easyvqa" / "results.json").read_text())
+    assert record["settings"]["batch_size"] == 5
 
 
 def test_distill_makes_what_is_missing_and_keeps_the_rest(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +152,7 @@ def test_models_of_one_name_are_told_apart_by_their_folders(
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:3]] == specs
 
 
-def test_a_registered_checkpoint_is_found_by_alias_and_sent_by_sync(
+def test_a_registered_checkpoint_is_found_by_its_version_and_sent_by_sync(
     models: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = elsewhere / "runs" / "one"
@@ -151,8 +160,8 @@ def test_a_registered_checkpoint_is_found_by_alias_and_sent_by_sync(
     tracker.parent({}, {})
     assert tracker.register("matvlm", str(models / "student"), "student", {}) == "1"
     tracker.summary({"accuracy": 0.5})
-    assert main(["profile", "models:/matvlm@candidate", "--contexts", "8", "--repeats", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("matvlm@candidate ")
+    assert main(["profile", "models:/matvlm/1", "--contexts", "8", "--repeats", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("matvlm/1 ")
     assert sorted(hybrid.mixers(matvlm.load("models:/matvlm/1")[0])) == [0, 2]
     assert main(["sync", str(root)]) == 0
     assert capsys.readouterr().out == "0 events sent\n"
@@ -209,7 +218,9 @@ def test_convert_writes_a_folder_that_inspect_and_load_open(
         (["sync", "nowhere"], "nowhere/tracking: no journals"),
         (["evaluate", "./nowhere"], "./nowhere: no such file or folder"),
         (["evaluate", "package://nothing"], "matvlm ships no model 'nothing'; it ships: "),
-        (["evaluate", "{models}/student", "--task", "mme"], "unknown task 'mme'; known are easyvqa"),
+        (["evaluate", "{models}/student", "--task", "mmee"], "unknown task 'mmee'; known are easyvqa"),
+        (["evaluate", "{models}/student", "--data", "pope"], "--data pope: expected TASK=URI"),
+        (["evaluate", "{models}/student", "--against", "nowhere"], "nowhere/results.json: cannot read"),
         (["evaluate", "models:/matvlm"], "expected models:/NAME/VERSION"),
         (["profile", "{models}"], "no config.json there: not a model folder"),
         (["profile", "ftp://host/model"], "neither a local path nor s3://"),

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from flow_tools import DEBUG, ROOT, TIMED, WITH_DEBUG, FlowProcess, Store, cards, finished_run, run_flow, run_folder
+from flow_tools import (
+    DEBUG,
+    ROOT,
+    TIMED,
+    WITH_DEBUG,
+    FlowProcess,
+    Store,
+    cards,
+    environment,
+    finished_run,
+    run_flow,
+    run_folder,
+)
 
 import matvlm
 from matvlm.models.hybrid import mixers
@@ -124,7 +138,10 @@ def test_distillation_is_tracked_update_by_update(store: Store, runs: dict[str, 
 
 def test_reports_are_kept_in_mlflow(store: Store, runs: dict[str, Any]) -> None:
     made = {
-        "compare": {"report/accuracy.md", "report/accuracy.png", "report/answers.html"},
+        "compare": {
+            *("report/accuracy.md", "report/accuracy.png", "report/answers.html"),
+            *("report/scores.md", "report/scores.json", "report/regressions.html"),
+        },
         "profile": {"report/profile.md", "report/profile.json", "report/profile.png"},
         "distill[aligned]": {"plots/loss_curves.png"},
         "evaluate[student]": {"evaluation/results.json", "evaluation/samples.jsonl"},
@@ -154,6 +171,9 @@ def test_the_table_says_what_was_measured(folder: Path, store: Store, runs: dict
 
 def test_the_student_is_registered_and_opens(folder: Path, store: Store, runs: dict[str, Any]) -> None:
     version = store.client.get_model_version_by_alias("matvlm", "candidate")
+    assert store.client.get_model_version_by_alias("matvlm", "champion").version == version.version
+    assert version.tags["gate"] == "passed"
+    assert float(version.tags["gate.score.easyvqa"]) == pytest.approx(100 * accuracy_of(folder, "student"))
     assert version.run_id == runs[""].info.run_id
     assert float(version.tags["metric.accuracy/student"]) == accuracy_of(folder, "student")
     uri = resolve_checkpoint("models:/matvlm@candidate", f"sqlite:///{folder / 'mlflow.db'}")
@@ -174,31 +194,60 @@ def test_cards_show_curves_and_answers(folder: Path) -> None:
     for title in ("total", "probabilities", "layers"):
         points = re.findall(rf'"update": (\d), "series": "{title}"', found["distill"][0])
         assert points == ["1", "2", "3", "4", "5", "6"], title
-    assert found["compare"][0].count("data:image/png;base64,") == load_recipe(DEBUG).evaluate.samples_shown
+    regressions = (run_folder(folder) / "report" / "regressions.html").read_text().count("<img")
+    shown = load_recipe(DEBUG).evaluate.samples_shown + regressions
+    assert found["compare"][0].count("data:image/png;base64,") == shown
     assert "vega-lite" in found["profile"][0]
     assert any(f"{100 * accuracy_of(folder, 'student'):.1f}" in page for page in found["evaluate"])
 
 
-@pytest.mark.parametrize("by", ["alias", pytest.param("path", marks=pytest.mark.slow)])
-def test_a_checkpoint_is_evaluated_alone_with_the_same_result(
-    by: str, folder: Path, store: Store, tmp_path: Path
+def test_a_registered_student_is_evaluated_by_the_watcher_with_the_same_result(
+    folder: Path, store: Store, runs: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Beside a benchmark that fails, which neither loses the other one nor counts."""
+    settings = ["evaluate.tasks=[easyvqa, pope]", "evaluate.data={pope: nowhere}", "promote.tasks=[easyvqa]"]
+    words = [sys.executable, "-m", "matvlm", "watch", str(DEBUG), "--once", "--set", *settings]
+    for number in range(2):
+        done = subprocess.run(
+            words, cwd=folder, env=environment(MATVLM_RUNS=str(tmp_path)), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("models:/matvlm/1: done" in done.stdout) == (number == 0)
+    (place,) = tmp_path.glob("debug-*")
+    (log,) = (tmp_path / "watch").glob("*/*/output.txt")
     student = run_folder(folder) / "distill" / "aligned" / "model"
-    spec = "models:/matvlm@candidate" if by == "alias" else str(student)
-    words = (*WITH_DEBUG, "run", "--checkpoint", spec)
-    code, output = run_flow(folder, *words, flow="eval_flow.py", MATVLM_RUNS=str(tmp_path))
-    assert code == 0, output
+    output = log.read_text()
     assert f"{student}, 40 questions" in output
     assert f"easyvqa/accuracy: {accuracy_of(folder, 'student'):.4f}" in output
     assert "| student | 64 |" in output
-    (place,) = tmp_path.iterdir()
-    runs = store.runs(place.name)
-    assert set(runs) == {"", "evaluate", "profile"}
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for who in ("teacher", "student"):
+        assert f"pope failed for the {who}: nowhere: no such folder" in output
+    again = store.runs(place.name)
+    parts = {f"evaluate[{who}, {task}]" for who in ("teacher", "student") for task in ("easyvqa", "pope")}
+    assert set(again) == {"", "compare", "profile", "gate", *parts}
+    assert {step for step, run in again.items() if run.info.status != "FINISHED"} == {
+        *("evaluate[teacher, pope]", "evaluate[student, pope]")
+    }
     wanted = json.loads((run_folder(folder) / "evaluation" / "student" / "results.json").read_text())["metrics"]
-    assert runs[""].data.metrics == wanted
-    assert runs[""].data.tags["checkpoint"] == spec
-    assert runs[""].data.tags["checkpoint_uri"] == str(student)
+    assert again[""].data.metrics == wanted
+    assert again[""].data.tags["checkpoint"] == "models:/matvlm/1"
+    assert again[""].data.tags["checkpoint_uri"] == str(student)
+    version = store.client.get_model_version("matvlm", "1")
+    mean = 100 * accuracy_of(folder, "student")
+    assert float(version.tags["gate.mean"]) == pytest.approx(mean)
+    assert version.tags["gate.champion"] == "it is the champion already"
+    assert again["gate"].data.metrics["teacher_mean"] == pytest.approx(100 * accuracy_of(folder, "teacher"))
+    assert version.tags["watch.debug"].startswith("done, ")
+
+
+@pytest.mark.slow
+def test_a_folder_is_evaluated_with_the_same_result(folder: Path, tmp_path: Path) -> None:
+    student = run_folder(folder) / "distill" / "aligned" / "model"
+    words = (*WITH_DEBUG, "run", "--checkpoint", str(student))
+    code, output = run_flow(folder, *words, flow="eval_flow.py", MATVLM_RUNS=str(tmp_path))
+    assert code == 0, output
+    assert f"easyvqa/accuracy: {accuracy_of(folder, 'student'):.4f}" in output
+    assert "Promotion: passed: the mean of easyvqa is" in output
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"config", "artifacts", "reporting"},
-    {"recipes", "storage", "progress", "kernels", "plots"},
+    {"recipes", "storage", "progress", "phases", "processes", "kernels", "plots"},
     {"models", "data", "snapshots"},
     {"losses", "optimizer"},
     {"init", "teacher", "costs", "alignment"},
     {"targets", "sensitivity"},
     {"distill", "generation", "evaluate", "profiling", "pretrain"},
+    {"gate"},
     {"tracking", "inspection", "report"},
+    {"watch"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -91,7 +91,9 @@ def test_gpu_packages_stay_out_of_requirements() -> None:
 
 def test_package_data_is_found_and_travels_in_a_wheel(tmp_path: Path) -> None:
     assets = ROOT / "matvlm" / "assets"
-    names = sorted(path.relative_to(ROOT).as_posix() for path in assets.rglob("*") if path.is_file())
+    data = [path for path in assets.rglob("*") if path.is_file()]
+    data += (ROOT / "matvlm" / "evaluate" / "tasks").rglob("*.yaml")
+    names = sorted(path.relative_to(ROOT).as_posix() for path in data)
     for name in names:
         assert files("matvlm").joinpath(name.removeprefix("matvlm/")).is_file()
     source = tmp_path / "source"

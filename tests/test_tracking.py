@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,15 +13,17 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from loopback import free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from matvlm.config import Recipe
+from matvlm.gate import Verdict
 from matvlm.tracking import Tracker, TrackingError, environment, flatten, resolve_checkpoint, sync
 from matvlm.tracking.journal import Journal, open_journal, read_events
 from matvlm.tracking.store import Store, open_client
@@ -32,24 +33,6 @@ STEP = "distill[aligned]"
 # Opening a step, 100 points and closing it take 0.1 s when a port refuses and 2.0 s (one request of RUNNING_SECONDS)
 # when it never answers, mlflow imported already; the room is for a busy machine.
 REFUSED_SECONDS, HUNG_SECONDS = 3.0, 6.0
-SERVER_START_SECONDS = 90.0  # measured: 7.5 s
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes about 2 s to create its tables: do it once and copy the file."""
-    path = tmp_path_factory.mktemp("database") / "empty.db"
-    open_client(f"sqlite:///{path}").get_experiment("0")
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a run, with an empty MLflow database where it is looked for by default."""
-    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
 
 
 def local_client(folder: Path) -> MlflowClient:
@@ -197,6 +180,8 @@ def test_an_unreachable_server_costs_no_time_and_sync_delivers_all(
     with make_tracker(folder, uri).step("another process"):
         pass  # as any later step of the run: it finds the outage already noticed
     assert tracker.register("matvlm", "/checkpoints/7", "student", {"accuracy": 0.9}) is None
+    verdict = Verdict(passed=True, reasons=["good"], recipe="debug", measured="m", scores={"easyvqa": 90.0}, mean=90.0)
+    assert tracker.promote("matvlm", "/checkpoints/7", verdict) is None
     tracker.finish("FINISHED")
     root = folder / "runs" / "7"
     assert sum("cannot be used" in record.message for record in caplog.records) == 1
@@ -277,41 +262,6 @@ def test_a_server_killed_mid_run_gets_everything_once_it_is_back(
     assert sync(folder / "runs" / "7") == 0
 
 
-@pytest.fixture
-def serve(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-    """Starts ``mlflow ui`` on a port, in its own process group, and waits until it answers."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start_server(port: int) -> subprocess.Popen[str]:
-        variables = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
-        with (folder / "server.log").open("a") as log:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | variables,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                text=True,
-            )
-        started.append(process)
-        deadline = time.monotonic() + SERVER_START_SECONDS
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                return process
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((folder / "server.log").read_text())
-
-    yield start_server
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 LOG_ONE_OF_FOUR = """
 import sys
 from pathlib import Path
@@ -377,7 +327,8 @@ def test_a_checkpoint_is_registered_once_and_found_by_name(folder: Path) -> None
     assert version.tags["init"] == "aligned"
     assert version.run_id == runs(local_client(folder))[RUN_KEY].info.run_id
     assert resolve_checkpoint("models:/matvlm/1") == "s3://bucket/a"
-    assert resolve_checkpoint("models:/matvlm@candidate") == "s3://bucket/b"
+    assert resolve_checkpoint("models:/matvlm/2") == "s3://bucket/b"
+    assert local_client(folder).get_registered_model("matvlm").aliases == {}
     assert resolve_checkpoint("s3://bucket/c") == "s3://bucket/c"
 
 
@@ -455,9 +406,3 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from matvlm.gate import Verdict
 from matvlm.tracking.journal import Event, file_name
+from matvlm.tracking.promotion import promote
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-CANDIDATE = "candidate"
 RUN_KEY_TAG, STEP_TAG = "matvlm.run_key", "matvlm.step"
 CHECKPOINT_TAG, LABEL_TAG = "matvlm.checkpoint_uri", "matvlm.label"
 # MLflow's limits, the same in every store.
@@ -84,7 +85,8 @@ class Store:
         """``folder`` is a local folder for the lock that keeps two steps from creating the same run."""
         self.uri = uri
         self.versions: dict[tuple[str, str], str] = {}
-        """Registered so far by this object: (model name, checkpoint URI) -> version."""
+        self.aliases: dict[tuple[str, str], list[str]] = {}
+        """Registered, and judged, so far by this object: (model name, checkpoint URI) -> version, and aliases."""
         self._folder = folder
         self._run_ids: dict[tuple[str, str | None], str] = {}
         self._senders: dict[str, Callable[[str, Sequence[Event]], None]] = {
@@ -95,6 +97,7 @@ class Store:
             "artifact": self._send_artifact,
             "status": self._send_status,
             "register": self._send_register,
+            "verdict": self._send_verdict,
         }
 
     @functools.cached_property
@@ -219,8 +222,16 @@ class Store:
         for event in events:
             name, uri = event["name"], event["checkpoint_uri"]
             version = self._find_version(name, run_id, uri) or self._create_version(run_id, event)
-            self.client.set_registered_model_alias(name, CANDIDATE, version)
             self.versions[name, uri] = version
+
+    def _send_verdict(self, run_id: str, events: Sequence[Event]) -> None:
+        for event in events:
+            name, uri = event["name"], event["checkpoint_uri"]
+            version = event["version"] or self._find_version(name, run_id, uri)
+            if version is None:
+                raise UnusableEvent(f"{uri} is no version of the model {name!r}")
+            verdict = Verdict.model_validate(event["verdict"])
+            self.aliases[name, uri] = promote(self.client, name, version, verdict, event["time"])
 
     def _find_version(self, name: str, run_id: str, uri: str) -> str | None:
         for version in self.client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'"):

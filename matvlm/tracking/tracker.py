@@ -7,6 +7,7 @@ until a later attempt at the step, ``Tracker.finish`` or ``python -m matvlm sync
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
 from matvlm.tracking.delivery import LEAVING_SECONDS, Delivery, report_leftovers
 from matvlm.tracking.environment import cut
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 PARENT = "_flow"
 FLUSH_SECONDS = 5.0
+TABLES_TAG = "mlflow.loggedArtifacts"
+"""Where MLflow looks for the tables of a run."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -86,7 +90,7 @@ class Tracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str] | None = None,
     ) -> str | None:
-        """Register the checkpoint by reference as the newest version of ``model_name``, alias ``candidate``.
+        """Register the checkpoint by reference as the newest version of ``model_name``; ``promote`` gives aliases.
 
         The weights stay where they are. Registering the same checkpoint of the same run again gives the same version.
 
@@ -101,6 +105,24 @@ class Tracker:
             journal.append("register", name=model_name, checkpoint_uri=checkpoint_uri, tags=all_tags)
             self._delivery.push(journal, LEAVING_SECONDS)
         return self._delivery.store.versions.get((model_name, checkpoint_uri))
+
+    def promote(
+        self, model_name: str, checkpoint_uri: str, verdict: Verdict, version: str | None = None
+    ) -> list[str] | None:
+        """Tag a version with ``verdict`` and set aliases as ``matvlm.tracking.promotion`` says.
+
+        Args:
+            version: its number; None is the version as which this run has registered ``checkpoint_uri``.
+
+        Returns:
+            The aliases it has now, or None when MLflow is away: then it is judged when the journal is delivered.
+        """
+        with self._journal(PARENT) as journal:
+            self._head(journal)
+            fields = {"name": model_name, "checkpoint_uri": checkpoint_uri, "version": version}
+            journal.append("verdict", **fields, verdict=verdict.model_dump(mode="json"))
+            self._delivery.push(journal, LEAVING_SECONDS)
+        return self._delivery.store.aliases.get((model_name, checkpoint_uri))
 
     def finish(self, status: Status) -> None:
         """Close the parent run, and as KILLED every step that ended without a word; deliver whatever is left.
@@ -154,6 +176,7 @@ class StepRun(Reporter):
         self._tracker = tracker
         self._journal: Journal | None = None
         self._known: dict[tuple[str, int], float] = {}
+        self._tables: list[dict[str, str]] = []
         self._next_flush = 0.0
 
     def __enter__(self) -> StepRun:
@@ -193,6 +216,12 @@ class StepRun(Reporter):
             logger.warning("%s: not kept with the run: %s", path, error)
             return
         self._append("artifact", file=str(copy), folder=folder)
+
+    def table(self, path: Path, folder: str = "") -> None:
+        """``artifact``, and MLflow shows it as a table and gives it to ``mlflow.load_table``."""
+        self.artifact(path, folder)
+        self._tables.append({"path": f"{folder}/{path.name}".lstrip("/"), "type": "table"})
+        self._append("tags", values={TABLES_TAG: json.dumps(self._tables)})
 
     def params(self, values: Mapping[str, str]) -> None:
         """Parameters of this step; a value that differs from the one of an earlier attempt becomes a tag."""

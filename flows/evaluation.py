@@ -1,0 +1,125 @@
+"""What the flows share about evaluated models: one task of one model, the results joined, and the model registry."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import support
+from metaflow.integrations import ArgoEvent
+
+from matvlm.artifacts import Checkpoint, EvalResult
+from matvlm.config import Recipe
+from matvlm.gate import Verdict
+from matvlm.reporting import Reporter
+
+EVENT = "matvlm-checkpoint"
+"""Published on a cluster for every registered checkpoint; its payload has ``checkpoint``, the registered version."""
+
+
+def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Reporter, device: str) -> EvalResult:
+    """``evaluate`` of one task, in a folder that all runs share: what ``model`` has answered once is not asked again.
+
+    Raises:
+        EvaluationError, StorageError: as ``evaluate`` does.
+    """
+    from matvlm.evaluate import EvaluationError, evaluate
+
+    settings = recipe.evaluate.model_copy(update={"tasks": [task]})
+    name = f"{support.file_name(model.uri)[-60:]}-{hashlib.sha256(model.uri.encode()).hexdigest()[:8]}"
+    out = support.runs_folder() / "evaluations" / name / f"{task}-{settings.limit or 'all'}"
+    try:
+        with _alone(out):
+            return evaluate(model, settings, settings.limit, out, reporter, device)
+    except EvaluationError as error:
+        raise EvaluationError(error.failed.get(task, str(error)), error.failed) from error
+
+
+def join_tasks(models: dict[str, Any], inputs: Iterable[Any], folder: Path) -> list[EvalResult]:
+    """The result of each of ``models`` over the tasks of a foreach; a task that failed is named in ``failed``.
+
+    Args:
+        models: by label, as JSON.
+        inputs: of the joining step. Each has ``input``, label and task, and ``result``, or the ``failure`` of a task.
+
+    Raises:
+        EvaluationError: every task of a model failed.
+    """
+    from matvlm.evaluate import merge
+
+    found: dict[str, list[EvalResult]] = {label: [] for label in models}
+    for done in inputs:
+        label, task = done.input
+        model = Checkpoint.model_validate(models[label])
+        found[label].append(_failed(model, task, done) if done.failure else EvalResult.model_validate(done.result))
+    if any(result.failed for results in found.values() for result in results):
+        print("To try again what failed, start a new run: a resumed one takes it for done. What was answered is kept.")
+    return [merge(results, folder / label) for label, results in found.items()]
+
+
+def _failed(model: Checkpoint, task: str, done: Any) -> EvalResult:
+    reason = " ".join(str(done.failure.exception).split()) or done.failure.type
+    print(f"{task} failed for the {model.label}: {reason}")
+    return EvalResult(
+        label=model.label,
+        checkpoint_uri=model.uri,
+        metrics={},
+        num_questions=0,
+        seconds=0.0,
+        samples_uri="",
+        failed={task: reason},
+    )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Another run that wants the same answers waits here, and finds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Registrar(Reporter):
+    """Registers what the step of ``flow`` publishes while it works."""
+
+    def __init__(self, flow: Any, recipe: Recipe, init: str):
+        self.flow, self.recipe, self.init = flow, recipe, init
+
+    def published(self, folder: str, updates: int) -> None:
+        register(self.flow, self.recipe, folder, {}, {"init": self.init, "updates": str(updates)})
+
+
+def register(
+    flow: Any, recipe: Recipe, uri: str, metrics: dict[str, float], tags: dict[str, str], verdict: Verdict | None = None
+) -> str | None:
+    """Register a student once, with its verdict if there is one, and tell the cluster; returns its version.
+
+    None when MLflow is away: then it is registered later, without an event.
+    """
+    tracker, name = support.tracker_of(flow, recipe), recipe.tracking.model_name
+    version = tracker.register(name, uri, "student", metrics, {"recipe": recipe.name, **tags})
+    if verdict:
+        print_verdict(verdict, tracker.promote(name, uri, verdict))
+    if version:
+        announce(f"models:/{name}/{version}", Path(flow.folder) / "announced" / f"{name}-{version}")
+    return version
+
+
+def announce(checkpoint: str, told: Path) -> None:
+    """Publish ``EVENT`` if this runs on Argo and the file ``told`` does not say that it was published already."""
+    if "ARGO_WORKFLOW_TEMPLATE" not in os.environ or told.exists():
+        return  # elsewhere Metaflow publishes nothing, and prints that for each
+    if ArgoEvent(EVENT).safe_publish({"checkpoint": checkpoint}):
+        told.parent.mkdir(exist_ok=True)
+        told.touch()
+
+
+def print_verdict(verdict: Verdict, aliases: list[str] | None) -> None:
+    given = "" if aliases is None else f" (aliases: {', '.join(aliases) or 'none'})"
+    print(f"Promotion: {'passed' if verdict.passed else 'refused'}{given}: {verdict.reason}")
