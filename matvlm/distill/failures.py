@@ -104,10 +104,12 @@ def memory_explained(recipe: Recipe, device: str, update: int) -> Iterator[None]
         lower = [f"data.max_length ({recipe.data.max_length})"]
         if distill.micro_batch_size > 1:
             lower.insert(0, f"distill.micro_batch_size ({distill.micro_batch_size}; the update stays the same)")
+        keep = "keep less for the backward pass (distill.activation_checkpointing: mixers), "
         raise DistillError(
             f"update {update}: out of memory on {device}: {asked[1] if asked else 'more than there is'} asked for, "
-            f"{memory_in_use(device) / 1e9:.1f} GB in use at most; lower {' or '.join(lower)}, or share gradients and "
-            "optimiser among more GPUs (distill.engine: deepspeed, distill.deepspeed.zero_stage: 2)"
+            f"{memory_in_use(device) / 1e9:.1f} GB in use at most; lower {' or '.join(lower)}, "
+            f"{keep if distill.activation_checkpointing == 'none' else ''}or share gradients and optimiser among more "
+            "GPUs (distill.engine: deepspeed, distill.deepspeed.zero_stage: 2)"
         ) from error
 
 
