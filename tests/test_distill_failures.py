@@ -164,7 +164,7 @@ def test_out_of_memory_says_what_to_lower(stage: Stage, tmp_path: Path, monkeypa
     def on_cpu() -> None:
         torch.empty(2**50)
 
-    lower = r"lower distill\.micro_batch_size \(2; .*\) or data\.max_length \(64\), keep less .*mixers\), or share .*zero"
+    lower = r"lower distill\.micro_batch_size \(2; .*\) or data\.max_length \(64\), keep less .*\), or share .*zero"
     for asked, failing in (("4503599627370496 bytes", on_cpu), ("20.00 GiB", on_gpu)):
         monkeypatch.setattr("matvlm.distill.step.kept_hidden", lambda *_, failing=failing: failing())
         message = rf"update 1: out of memory on cpu: {asked} asked for, [1-9\d]*\.\d GB in use at most; {lower}"
