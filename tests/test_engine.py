@@ -215,6 +215,7 @@ def deepspeed_side(folder: Path) -> None:
     found = {case: alone(case, given) if world.size == 1 else together(case, given, world) for case in cases}
     if world.is_first:
         torch.save(found, folder / f"{world.size}.pt")
+    world.leave()
 
 
 def alone(case: str, given: Any) -> dict[str, Any]:
@@ -364,6 +365,7 @@ def distill_side(folder: Path) -> None:
             made = stage.run(folder / f"{name} {engine}", kept, recipe)
             if world.is_first:
                 (folder / f"{name} {engine}.json").write_text(json.dumps([made.uri, kept.seen]))
+    world.leave()
 
 
 KINDS = (Recipe, Checkpoint, Checkpoint, DataManifest, TargetStore)

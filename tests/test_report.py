@@ -244,8 +244,8 @@ def test_the_comparison_is_kept_also_as_a_table_of_mlflow(folder: Path, monkeypa
     assert kept.files == [("report", name) for name in ("scores.json", "scores.md", "regressions.html")]
     assert kept.values == {"drop/pope": 3.2}
     assert "teacher answered right and the student wrong" in (folder / "report" / "regressions.html").read_text()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     sync(folder / "run")  # what MLflow was too slow for while the run went on
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("experiment").experiment_id
     table = client.load_table(experiment, "report/scores.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +49,6 @@ class TaskRun:
         """
         from matvlm.evaluate import tasks
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every metric of one kind of question
         return tasks.build([self.name], self.settings.data, self.settings.hub_org)[self.name]
 
     def run(self, task: Any, rank: int = 0) -> dict[str, Any] | None:

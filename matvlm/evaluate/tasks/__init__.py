@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def build(names: Sequence[str], data_root: Mapping[str, str] | None = None, hub_
 
     if unknown := sorted(set(names).difference(NAMES)):
         raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(NAMES)}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every metadata, and metric of some questions
     metadata: Any = {"data_root": dict(data_root or {}), "hub_org": hub_org}
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
     tasks = dict(manager.load(list(names))["tasks"])
