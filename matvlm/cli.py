@@ -358,7 +358,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     given = {"tasks": options.task, "data": dict(_task_data(word) for word in options.data)}
     given["batch_size"] = options.batch_size
-    settings = parse_recipe(json.dumps({name: value for name, value in given.items() if value}), "", kind=Evaluate)
+    settings = parse_recipe(
+        json.dumps({name: value for name, value in given.items() if value}), "--task and --data", kind=Evaluate
+    )
     (checkpoint,) = _checkpoints([options.checkpoint])
     other = read_result(options.against) if options.against else None
     result = evaluate(checkpoint, settings, options.limit, options.out, Reporter(), _device())
