@@ -66,7 +66,7 @@ def _initialize(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU extra that would compile for minutes
     chosen = settings.deepspeed
     zero: dict[str, Any] = {"stage": chosen.zero_stage}
-    # Otherwise they are summed in one piece, when all are there. Stage 1 did not learn with this; stage 3 has it anyway.
+    # Else gradients are summed in one piece, when all are there. Stage 1 is not trusted with it; stage 3 has it anyway.
     if device.startswith("cuda") and chosen.zero_stage == 2:
         zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET}
     if chosen.offload_optimizer:

@@ -151,12 +151,13 @@ def main() -> None:
     heads = ["stage", "scaling", "GPUs", "samples/s", "of linear", "NCCL", *PHASES, "peak GiB a GPU", "losses"]
     print(f"| {' | '.join(heads)} |\n|---|---|{'--:|' * (len(heads) - 2)}", flush=True)
     bases: dict[int, dict[str, Any]] = {}
-    for count in options.gpus:
+    # Each stage in processes of its own: ZeRO-3 leaves another ``linear`` behind in those that had it.
+    for count, stage in itertools.product(options.gpus, options.stages):
         with TemporaryDirectory() as folder:
             lines = Path(folder) / "found.jsonl"
             started = time.perf_counter()
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            command = [*launcher, __file__, *sys.argv[1:], "--worker", str(lines)]
+            command = [*launcher, __file__, *sys.argv[1:], "--stages", str(stage), "--worker", str(lines)]
             failed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "4"}).returncode
             for found in map(json.loads, lines.read_text().splitlines() if lines.exists() else []):
                 show(found, bases.setdefault(found["stage"], found))
