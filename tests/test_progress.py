@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import re
 import sys
 
@@ -79,7 +80,9 @@ def test_a_terminal_gets_one_moving_bar(monkeypatch: pytest.MonkeyPatch) -> None
             bar.update(1, loss=0.5)
             bar.update(3, loss=0.25)
         stderr.flush()
-        shown = os.read(controller, 65536).decode()
+        shown = ""
+        while select.select([controller], [], [], 0.5)[0]:  # it may arrive in pieces
+            shown += os.read(controller, 65536).decode()
     os.close(controller)
     assert shown.count("\n") == 1
     last = [text for text in shown.split("\r") if text.strip()][-1]
