@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from matvlm.artifacts import Checkpoint, EvalResult
 from matvlm.config import Recipe
 from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
+from matvlm.storage import folder_name
 
 EVENT = "matvlm-checkpoint"
 """Published on a cluster for every registered checkpoint; its payload has ``checkpoint``, the registered version."""
@@ -31,8 +31,7 @@ def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Report
     from matvlm.evaluate import EvaluationError, evaluate
 
     settings = recipe.evaluate.model_copy(update={"tasks": [task]})
-    name = f"{support.file_name(model.uri)[-60:]}-{hashlib.sha256(model.uri.encode()).hexdigest()[:8]}"
-    out = support.runs_folder() / "evaluations" / name / f"{task}-{settings.limit or 'all'}"
+    out = support.runs_folder() / "evaluations" / folder_name(model.uri) / f"{task}-{settings.limit or 'all'}"
     try:
         with _alone(out):
             return evaluate(model, settings, settings.limit, out, reporter, device)

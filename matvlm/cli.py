@@ -207,9 +207,9 @@ def _targets_here(options: argparse.Namespace, recipe: Recipe) -> None:
 
     from matvlm.data.encoding import Encoder
     from matvlm.data.prepare import prepare
-    from matvlm.distill.world import LONGEST_WAIT, join
     from matvlm.models import locate
     from matvlm.targets import TargetJob
+    from matvlm.world import LONGEST_WAIT, join
 
     world, device = join(_device(), LONGEST_WAIT)
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -297,7 +297,7 @@ def _recorded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _distill_here(options: argparse.Namespace) -> None:
     from matvlm.distill.job import EVENTS, EventLog, make_job, read_job
-    from matvlm.distill.world import join
+    from matvlm.world import join
 
     if Path(options.subject).suffix == ".json":
         if options.set or options.out:

@@ -20,8 +20,8 @@ from matvlm.data.encoding import Batch, Encoder
 from matvlm.data.prepare import open_dataset
 from matvlm.distill.job import DistillJob, read_job
 from matvlm.distill.schedule import order
-from matvlm.distill.world import join
 from matvlm.storage import write_json
+from matvlm.world import join
 
 SAME: dict[str, dict[str, Any]] = {
     "padded": {},

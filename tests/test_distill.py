@@ -25,7 +25,7 @@ from matvlm.artifacts import Checkpoint
 from matvlm.config import Recipe, Schedule
 from matvlm.distill import init_student
 from matvlm.distill.schedule import learning_rate, num_updates, order
-from matvlm.distill.trunk import SharedTrunk
+from matvlm.distill.trunk import SharedTrunk, TeacherForced
 from matvlm.losses import dense_kl
 from matvlm.models import hybrid, locate
 from matvlm.snapshots import SnapshotError
@@ -119,7 +119,7 @@ def test_losses_by_hand(stage: Stage, whole: tuple[Checkpoint, Kept]) -> None:
             prob = prob + dense_kl(theirs / loss.temperature, mine / loss.temperature)
             answers = labels[labels != -100]
             ce = ce - mine.log_softmax(-1)[torch.arange(len(answers)), answers].sum()
-            layer = layer + trunk.layer_loss(batch, "teacher_forced").value()
+            layer = layer + TeacherForced(trunk, batch, "l2").value()
             positions, tokens = positions + len(answers), tokens + len(labels)
     seen = whole[1].seen[1]
     # Measured: 2e-5, 2e-8 and 5e-8 apart.

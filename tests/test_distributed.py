@@ -32,10 +32,10 @@ from matvlm.distill.feed import Feed, Share
 from matvlm.distill.job import DistillJob, read_job
 from matvlm.distill.launch import run
 from matvlm.distill.schedule import order
-from matvlm.distill.world import World
 from matvlm.models import locate
 from matvlm.processes import explain, num_processes
 from matvlm.storage import write_json
+from matvlm.world import World
 
 HERE = Path(__file__).resolve().parent
 RTOL, ATOL = 1e-4, 3e-5

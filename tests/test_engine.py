@@ -25,8 +25,8 @@ from matvlm.artifacts import Checkpoint, DataManifest, TargetStore
 from matvlm.config import DeepSpeed, Distill, Recipe
 from matvlm.distill.deepspeed import Zero3Engine
 from matvlm.distill.engine import TorchEngine, make_engine
-from matvlm.distill.world import World, join
 from matvlm.optimizer import adamw
+from matvlm.world import World, join
 
 RATES = [1e-2, 2e-2, 5e-3, 5e-3, 1e-2]
 MICRO_BATCHES = 2

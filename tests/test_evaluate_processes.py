@@ -24,9 +24,9 @@ from matvlm.config import Evaluate
 from matvlm.evaluate import evaluate
 from matvlm.evaluate.answers import PREFIX
 from matvlm.evaluate.harness import VLM
-from matvlm.evaluate.parallel import join
 from matvlm.evaluate.results import RESULTS, SAMPLES
 from matvlm.reporting import Reporter
+from matvlm.world import join
 
 SECONDS = 120.0
 LIKELIHOOD_TOLERANCE = 1e-5
@@ -97,8 +97,8 @@ def choice_task() -> ConfigurableTask:
 
 def likelihoods(processor: Any, model: Any, device: str = "cpu") -> dict[str, Any] | None:
     """lm-eval's accuracy and every log-likelihood, as this process gets them."""
-    ranks, _ = join(device)
-    vlm = VLM(model, processor, 5, ranks=ranks)
+    world, _ = join(device)
+    vlm = VLM(model, processor, 5, world=world)
     results = evaluator.evaluate(vlm, {"tasks": {"choice": choice_task()}, "groups": {}}, bootstrap_iters=0)
     if results is None:
         return None

@@ -19,9 +19,9 @@ from matvlm.distill.feed import Feed
 from matvlm.distill.flops import flops_per_token
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.speed import PHASES, Speed
-from matvlm.distill.world import World
 from matvlm.reporting import Reporter
 from matvlm.targets import open_targets
+from matvlm.world import World
 
 
 @pytest.fixture(scope="module")

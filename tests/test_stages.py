@@ -22,13 +22,13 @@ from matvlm.distill.feed import Feed
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import moment, num_updates, order
 from matvlm.distill.trunk import SharedTrunk
-from matvlm.distill.world import World
 from matvlm.models import hybrid, locate
 from matvlm.optimizer import adamw
 from matvlm.recipes import RecipeError, parse_recipe
 from matvlm.reporting import Reporter
 from matvlm.snapshots import SnapshotError
 from matvlm.targets import TargetReader, open_targets
+from matvlm.world import World
 
 ALIGNED, TOTAL = 3, 7
 """Updates of alignment, and of both stages."""

@@ -12,7 +12,7 @@ from tiny_families import FAMILIES
 from torch import Tensor
 
 from matvlm.data.encoding import Batch
-from matvlm.distill.trunk import SharedTrunk
+from matvlm.distill.trunk import SharedTrunk, StudentForced, TeacherForced
 from matvlm.init import convert_
 from matvlm.models import hybrid, locate
 from matvlm.teacher import fingerprint, head, kept_hidden, kept_logits
@@ -80,7 +80,7 @@ def hand_made_layer_loss(outputs: list[tuple[Tensor, Tensor]], batch: Batch) -> 
 def test_teacher_forced_layer_loss_by_hand(stage: Stage) -> None:
     trunk, teacher = shaken_trunk(stage)
     batch = batch_of(stage, [0, 1, 2])
-    found = trunk.layer_loss(batch, "teacher_forced").value()
+    found = TeacherForced(trunk, batch, "l2").value()
     with torch.no_grad():
         calls = attention_calls(teacher, batch)
         mixers = hybrid.mixers(trunk.student)
@@ -95,7 +95,7 @@ def test_teacher_forced_layer_loss_by_hand(stage: Stage) -> None:
 def test_student_forced_layer_loss_by_hand(stage: Stage) -> None:
     trunk, teacher = shaken_trunk(stage)
     batch = batch_of(stage, [0, 1, 2])
-    layer_loss: Any = trunk.layer_loss(batch, "student_forced")
+    layer_loss = StudentForced(trunk, batch.real, "l2")
     with layer_loss:
         logits = kept_logits(trunk.student, batch)
     found = layer_loss.value()
@@ -117,7 +117,7 @@ def test_cosine_layer_loss_by_hand(stage: Stage) -> None:
     batch = batch_of(stage, [0, 1, 2])
     real = batch.inputs["attention_mask"].bool()
     with torch.no_grad():
-        found = float(trunk.layer_loss(batch, "teacher_forced", "cosine").value())
+        found = float(TeacherForced(trunk, batch, "cosine").value())
         calls, mixers = attention_calls(teacher, batch), hybrid.mixers(trunk.student)
         expected = 0.0
         for index in REPLACED:
@@ -141,9 +141,9 @@ def test_one_pass_of_the_teacher_serves_logits_and_layers(stage: Stage) -> None:
         assert torch.equal(shown.output, expected[index][1])
     calls: list[int] = []
     trunk.student.base_model.register_forward_pre_hook(lambda *_args: calls.append(0))
-    by_itself = trunk.layer_loss(batch, "teacher_forced").value()
+    by_itself = TeacherForced(trunk, batch, "l2").value()
     assert len(calls) == 1
-    assert torch.equal(trunk.layer_loss(batch, "teacher_forced", seen=seen).value(), by_itself)
+    assert torch.equal(TeacherForced(trunk, batch, "l2", seen).value(), by_itself)
     assert len(calls) == 1, "the teacher does not run again"
     assert torch.equal(trunk.run_teacher(batch, watched=False)[0], hidden)
     assert trunk.run_teacher(batch, watched=False)[1] is None
@@ -191,7 +191,7 @@ def test_the_teacher_runs_no_further_than_needed(stage: Stage) -> None:
     for index, layer in enumerate(hybrid.decoder_layers(trunk.student)):
         layer.register_forward_pre_hook(lambda *_args, index=index: calls.append(index))
     trunk.student.lm_head.register_forward_pre_hook(lambda *_args: calls.append(-1))
-    trunk.layer_loss(batch_of(stage, [0, 1]), "teacher_forced").value()
+    TeacherForced(trunk, batch_of(stage, [0, 1]), "l2").value()
     assert calls == [0, 1, 2], "not the layers behind the last replaced one, and no head"
     assert sorted(hybrid.mixers(trunk.student)) == REPLACED, "stopping leaves the student in place"
 
@@ -202,7 +202,9 @@ def test_padding_changes_no_loss(stage: Stage, layer_inputs: str) -> None:
     trunk, _ = shaken_trunk(stage)
 
     def loss(batch: Batch) -> float:
-        with trunk.layer_loss(batch, layer_inputs) as layer_loss:
+        if layer_inputs == "teacher_forced":
+            return float(TeacherForced(trunk, batch, "l2").value())
+        with StudentForced(trunk, batch.real, "l2") as layer_loss:
             trunk.student(**batch.inputs, use_cache=False)
         return float(layer_loss.value())
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from matvlm.config import Distill
 from matvlm.distill.engine import MOMENTS, TorchEngine, set_rate
 from matvlm.distill.trunk import SharedTrunk
-from matvlm.distill.world import World
 from matvlm.models.hybrid import decoder_layers, find_connector
 from matvlm.optimizer import adamw
+from matvlm.world import World
 
 
 def deepspeed_engine(

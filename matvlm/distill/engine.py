@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matvlm.config import Distill
-from matvlm.distill.world import World
 from matvlm.optimizer import adamw
 from matvlm.snapshots import cpu_copy
+from matvlm.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

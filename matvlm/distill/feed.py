@@ -11,7 +11,7 @@ from matvlm.data.encoding import Batch, Encoder, Sample
 from matvlm.data.loading import Loaded, batches
 from matvlm.distill.failures import DistillError
 from matvlm.distill.schedule import order
-from matvlm.distill.world import World
+from matvlm.world import World
 
 Row = TypeVar("Row")
 GROUP = 8

@@ -23,12 +23,12 @@ from matvlm.distill.schedule import moment
 from matvlm.distill.speed import Speed
 from matvlm.distill.step import Pass, Steps, count_passes, teacher_forces
 from matvlm.distill.trunk import SharedTrunk
-from matvlm.distill.world import World
 from matvlm.models import hybrid, locate
 from matvlm.models.fusing import fuse_activations_
 from matvlm.models.packing import check as check_packing
 from matvlm.snapshots import cpu_copy
 from matvlm.targets import TargetReader
+from matvlm.world import World
 
 
 def open_models(

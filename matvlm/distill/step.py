@@ -17,7 +17,7 @@ from matvlm.distill.graphs import Graphs, rounded
 from matvlm.distill.modules import recomputing
 from matvlm.distill.objective import Cached, Divisors, Online, TeacherSide, logit_losses
 from matvlm.distill.speed import Speed
-from matvlm.distill.trunk import SharedTrunk, StudentForced
+from matvlm.distill.trunk import SharedTrunk, StudentForced, TeacherForced
 from matvlm.models import hybrid
 from matvlm.models.families import BIDIRECTIONAL
 from matvlm.models.packing import unpacked
@@ -86,7 +86,7 @@ class Steps:
         with self._running(), vision.shared():
             hidden, seen = self._run_teacher(whole, settings)
             if teacher_forces(settings):
-                loss = self.trunk.layer_loss(whole, "teacher_forced", settings.layer_form, seen).value()
+                loss = TeacherForced(self.trunk, whole, settings.layer_form, seen).value()
         del seen
         self.speed.mark("teacher")
         if teacher_forces(settings):

@@ -25,7 +25,6 @@ from matvlm.distill.publishing import Publisher
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
 from matvlm.distill.tracing import tracing
-from matvlm.distill.world import World, join
 from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
 from matvlm.models.layers import choose_layers
@@ -35,6 +34,7 @@ from matvlm.snapshots import SnapshotError, Snapshots, cpu_copy
 from matvlm.storage import read_json, write_json
 from matvlm.targets import Identity, open_targets
 from matvlm.teacher import fingerprint
+from matvlm.world import World, join
 
 MODEL, RESULT = "model", "checkpoint.json"
 

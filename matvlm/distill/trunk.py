@@ -58,19 +58,6 @@ class SharedTrunk:
             if name not in found or name not in expected or not torch.equal(found[name], expected[name]):
                 raise ValueError(f"the student was not made from this teacher: {name} differs, which is never trained")
 
-    def layer_loss(
-        self, batch: Batch, layer_inputs: str, form: str = "l2", seen: Mapping[int, Seen] | None = None
-    ) -> LayerLoss:
-        """The layer loss of ``batch``; see ``LayerLoss``.
-
-        Args:
-            layer_inputs, form: as ``recipe.distill.loss.layer_inputs`` and ``layer_form`` have them.
-            seen: what ``run_teacher`` saw, if it has run already; used by ``teacher_forced`` only.
-        """
-        if layer_inputs == "teacher_forced":
-            return TeacherForced(self, batch, form, seen)
-        return StudentForced(self, batch.real, form)
-
     def compile(self) -> None:
         """Let torch.compile fuse what decoder layers and layer losses do between their matrix products."""
         compile_([*mixers(self.student).values(), *decoder_layers(self.student)])
@@ -112,31 +99,22 @@ class SharedTrunk:
 class LayerLoss:
     """The sum of ``layer_l2`` or ``layer_cosine`` over real positions, mean over replaced layers: mixer to attention.
 
-    Use it around the student's forward pass; afterwards ``value()`` is the sum, a float32 scalar with gradient.
+    ``value()`` is the sum, a float32 scalar with gradient.
     """
 
     def __init__(self, trunk: SharedTrunk, real: Tensor, form: str):
-        """``real``: bool [B, L], the positions that count."""
+        """``real``: bool [B, L], the positions that count; ``form``: as ``recipe.distill.loss.layer_form`` has it."""
         self.trunk, self.real = trunk, real
         self.distance = DISTANCES[form]
         if trunk.compiled:
             self.distance = torch.compile(self.distance)
 
-    def __enter__(self) -> LayerLoss:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def value(self) -> Tensor:
-        raise NotImplementedError
-
 
 class TeacherForced(LayerLoss):
     """The paper's: each mixer is fed the hidden state that the teacher's attention saw.
 
-    Unless it has been ``seen`` already, the teacher runs once, without gradient, and stops behind its last replaced
-    attention; it has no head.
+    Unless it has been ``seen`` already (``run_teacher``), the teacher runs once, without gradient, and stops behind its
+    last replaced attention; it has no head.
     """
 
     def __init__(self, trunk: SharedTrunk, batch: Batch, form: str, seen: Mapping[int, Seen] | None = None):
@@ -162,9 +140,12 @@ class TeacherForced(LayerLoss):
 
 
 class StudentForced(LayerLoss):
-    """Each mixer is compared with the original attention on the student's own hidden state: no teacher pass at all."""
+    """Each mixer is compared with the original attention on the student's own hidden state: no teacher pass at all.
 
-    def __enter__(self) -> LayerLoss:
+    Use it around the student's forward pass.
+    """
+
+    def __enter__(self) -> StudentForced:
         self.sums: list[Tensor] = []
         self.stack = ExitStack()
         for index, mixer in mixers(self.trunk.student).items():

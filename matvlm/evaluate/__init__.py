@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from matvlm.reporting import Reporter
 from matvlm.storage import read_bytes
 
 if TYPE_CHECKING:
-    from matvlm.evaluate.parallel import Ranks
+    from matvlm.world import World
 
 __all__ = [
     "ComparedSample",
@@ -58,40 +58,59 @@ def evaluate(
     """
     from matvlm.evaluate.checkpoint import model_hash, open_checkpoint
     from matvlm.evaluate.harness import VLM
-    from matvlm.evaluate.parallel import join
+    from matvlm.world import LONGEST_WAIT, join
 
-    ranks, device = join(device)
+    world, device = join(device, LONGEST_WAIT)
     model, processor = open_checkpoint(checkpoint.uri, device)
     label = f"evaluate {checkpoint.label}"
-    vlm = partial(VLM, model, processor, settings.batch_size, reporter, label, ranks)
+    vlm = partial(VLM, model, processor, settings.batch_size, reporter, label, world)
     hashed = model_hash(model, processor)
     runs = [TaskRun(name, settings, limit, out / name, hashed, vlm) for name in settings.tasks]
-    records, failed = _run_all(runs, ranks)
+    records, failed = _run_all(runs, world)
     refuse_none(checkpoint.uri, records, failed)
     result = None
-    if ranks.rank == 0:
+    if world.is_first:
         result = _joined(checkpoint, records, failed, out)
         _report(result, records, out, reporter)
-    shared: EvalResult = ranks.share(result)
+    shared: EvalResult = world.gather(result)[0]
     return shared
 
 
-def _run_all(runs: Sequence[TaskRun], ranks: Ranks) -> tuple[dict[str, Any], dict[str, str]]:
+def _run_all(runs: Sequence[TaskRun], world: World) -> tuple[dict[str, Any], dict[str, str]]:
     """The record of each task that could be evaluated, None but in the first process, and the error of each other."""
     records: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for run in runs:
         task = None
         try:
-            task = ranks.together(run.build)
-            records[run.name] = run.run(task, ranks.rank)
+            task = _together(world, run.build)
+            records[run.name] = run.run(task, world.rank)
         except Exception as error:
-            if ranks.size > 1 and task is not None:
+            if world.size > 1 and task is not None:
                 raise  # the others may be waiting for this process
             clear = _is_clear(error, building=task is None)
             failed[run.name] = str(error) if clear else f"{type(error).__name__}: {error}"
             logger.warning("%s: %s", run.name, failed[run.name], exc_info=None if clear else error)
     return records, failed
+
+
+def _together(world: World, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns in this process.
+
+    Raises:
+        Exception: its own error, or that of another process, in every one of them.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except Exception as raised:
+        error = raised
+    errors = [each for each in world.gather(None if error is None else str(error)) if each is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise EvaluationError(errors[0])
+    return made
 
 
 def _joined(checkpoint: Checkpoint, records: dict[str, Any], failed: dict[str, str], out: Path) -> EvalResult:

@@ -19,8 +19,8 @@ from lm_eval.utils import simple_parse_args_string
 from matvlm.evaluate import tasks
 from matvlm.evaluate.checkpoint import model_hash, open_checkpoint
 from matvlm.evaluate.harness import VLM
-from matvlm.evaluate.parallel import join
 from matvlm.evaluate.results import EvaluationError
+from matvlm.world import LONGEST_WAIT, join
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -82,10 +82,10 @@ class CheckpointVLM(VLM):
             raise EvaluationError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if not torch.cuda.is_available():
             device = "cpu"  # lm-eval's own default is cuda:0
-        ranks, device = join(device or "cuda")
+        world, device = join(device or "cuda", LONGEST_WAIT)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         self.uri = type(self).resolve(checkpoint)
-        super().__init__(*open_checkpoint(self.uri, device, kind), int(batch_size), label=checkpoint, ranks=ranks)
+        super().__init__(*open_checkpoint(self.uri, device, kind), int(batch_size), label=checkpoint, world=world)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> CheckpointVLM:

@@ -24,11 +24,11 @@ from transformers import StoppingCriteriaList
 
 from matvlm.evaluate import pictures
 from matvlm.evaluate.answers import Answers, key_of
-from matvlm.evaluate.parallel import Ranks
 from matvlm.evaluate.prefix import chunks, shared_prefix_batches, shares_prefixes
 from matvlm.evaluate.stopping import Limits, StopAt, cut, decode, limits_of
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
+from matvlm.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class VLM(LM):
     Args:
         model, processor: used on the device and in the dtype that the model has.
         batch_size: in questions. Answers do not depend on it.
-        ranks: the processes that share the questions; lm-eval gives each its own.
+        world: the processes that share the questions; lm-eval gives each its own.
         answers: what was answered before, and where to keep what is answered now. With it, images are let go when all
             is answered: lm-eval's records have their sha256 in place of them.
     """
@@ -72,15 +72,15 @@ class VLM(LM):
         batch_size: int,
         reporter: Reporter | None = None,
         label: str = "evaluate",
-        ranks: Ranks | None = None,
+        world: World | None = None,
         answers: Answers | None = None,
     ):
         super().__init__()
         self.model, self.processor = model.eval(), processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size, self.reporter, self.label = batch_size, reporter, label
-        self.ranks, self.answers = ranks or Ranks(), answers
-        self._device, (self._rank, self._world_size) = model.device, self.ranks
+        self.world, self.answers = world or World(), answers
+        self._device, self._rank, self._world_size = model.device, self.world.rank, self.world.size
         self.unreadable: dict[str, str] = {}
         """Questions whose image cannot be decoded, and why; their answer is empty."""
         self._blank: dict[str, str] = {}
@@ -123,14 +123,15 @@ class VLM(LM):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """A small ``tensor`` of every process, flat, one after the other."""
-        return torch.tensor(self.ranks.all(tensor.tolist())).flatten()
+        return torch.tensor(self.world.gather(tensor.tolist())).flatten()
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """``obj`` of every process, in process ``dst``."""
-        return _with_all_metrics(self.ranks.gather(obj, dst))
+        gathered = self.world.gather(obj)
+        return _with_all_metrics(gathered) if self.world.rank == dst else None
 
     def barrier(self) -> None:
-        self.ranks.wait()
+        self.world.wait()
 
     def _answer(
         self, kind: str, requests: list[Instance], ask: Callable[[Sequence[Query]], Asked], unit: str, unreadable: Any
@@ -257,12 +258,12 @@ class VLM(LM):
             yield float(chosen.sum()), bool((log_probs.argmax(-1) == wanted).all())
 
 
-def _with_all_metrics(gathered: list[Any] | None) -> list[Any] | None:
+def _with_all_metrics(gathered: list[Any]) -> list[Any]:
     """lm-eval wants every metric of every process, also of one without a question that the metric is about."""
-    for task, values in (gathered or [{}])[0].items():
+    for task, values in gathered[0].items():
         if isinstance(values, dict):
-            names = {name for each in gathered or [] for name in each[task]}
-            for each in gathered or []:
+            names = {name for each in gathered for name in each[task]}
+            for each in gathered:
                 each[task].update({name: [] for name in names - each[task].keys()})
     return gathered
 

@@ -71,14 +71,14 @@ class TaskRun:
         with _images_left_alone():
             loaded = {"tasks": {self.name: task}, "groups": {}}
             results = evaluator.evaluate(vlm, loaded, samples=chosen, bootstrap_iters=0)
-        unreadable = {id: reason for each in vlm.ranks.all(vlm.unreadable) for id, reason in each.items()}
+        unreadable = {id: reason for each in vlm.world.gather(vlm.unreadable) for id, reason in each.items()}
         if results is None:
             return None
         samples = sorted(results["samples"][self.name], key=lambda sample: sample["doc_id"])
         _check_readable(unreadable, len(samples))
         facts = {
             "identity": identity,
-            "settings": {"batch_size": vlm.batch_size, "processes": vlm.ranks.size, "device": str(vlm.device)},
+            "settings": {"batch_size": vlm.batch_size, "processes": vlm.world.size, "device": str(vlm.device)},
             "seeds": seeds,
             "seconds": vlm.answers.seconds if vlm.answers else 0.0,
             "unreadable": unreadable,

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "atomic_path",
     "clear_unfinished",
     "exists",
+    "folder_name",
     "join",
     "list_files",
     "list_names",
@@ -49,6 +51,13 @@ BLOCK = 1 << 22
 def join(uri: Uri, *parts: str) -> str:
     """``uri`` with ``parts`` appended, each after one ``/``."""
     return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def folder_name(uri: Uri) -> str:
+    """A name for a folder about ``uri``: readable, of at most 69 characters, and another one for any other URI."""
+    text = os.fspath(uri)
+    words = "-".join(re.findall(r"\w+", text))[-60:]
+    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def exists(uri: Uri) -> bool:

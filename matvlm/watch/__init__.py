@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -23,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import matvlm
-from matvlm.storage import StorageError, write_bytes
+from matvlm.storage import StorageError, folder_name, write_bytes
 from matvlm.tracking import TrackingError
 from matvlm.watch.claims import DONE, FAILED, Claims
 from matvlm.watch.sources import Folder, RegisteredModel, Source
@@ -87,7 +86,7 @@ class Watcher:
     def _look(self, claims: Claims, lock: int) -> list[str]:
         failed = []
         for checkpoint in claims.new():
-            folder = self.place / _slug(checkpoint)
+            folder = self.place / folder_name(checkpoint)
             if not (folder / EXIT).exists():
                 if not claims.take(checkpoint):
                     self.say(f"{checkpoint}: another watcher has it")
@@ -131,7 +130,7 @@ class Watcher:
 
     def _forget(self, claims: Claims) -> None:
         for checkpoint in claims.forget_failures():
-            (self.place / _slug(checkpoint) / EXIT).unlink(missing_ok=True)
+            (self.place / folder_name(checkpoint) / EXIT).unlink(missing_ok=True)
 
     def _name(self) -> str:
         """The place's own name, made up the first time."""
@@ -187,11 +186,6 @@ def evaluation(command: str | None, recipe: str, changes: Sequence[str]) -> Call
 def place_of(source: Source, recipe: str, runs: Path) -> Path:
     """The usual place, below the folder of runs, of a watcher of ``source`` by ``recipe``."""
     return runs / "watch" / f"{recipe}-{hashlib.sha256(source.name.encode()).hexdigest()[:8]}"
-
-
-def _slug(checkpoint: str) -> str:
-    words = "-".join(re.findall(r"\w+", checkpoint))[-60:]
-    return f"{words}-{hashlib.sha256(checkpoint.encode()).hexdigest()[:8]}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -32,12 +32,13 @@ import transformers
 from distill_gpu import Drawn, Way, groups, recipe, samples, timed
 from hybrid_gpu import build_teacher
 
+from matvlm.config import Recipe
 from matvlm.distill.feed import GROUP, Share
 from matvlm.distill.run import Run
 from matvlm.distill.speed import PHASES
-from matvlm.distill.world import World, join
 from matvlm.init import convert_
 from matvlm.models.layers import choose_layers
+from matvlm.world import World, join
 
 FIRST = 3
 """Updates whose losses are shown; they also warm up."""
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace, stage: int, scaling: str, world: World,
     settings = recipe(options.micro_batch, "teacher_forced", "cached", way, options).model_dump()
     settings["distill"] |= {"deepspeed": {"zero_stage": stage}, "batch_size": total}
     store: Any = Drawn()
-    run = Run(recipe_type(settings), device, student, teacher, store, world)
+    run = Run(Recipe.model_validate(settings), device, student, teacher, store, world)
     del teacher
     numbers = iter(range(1, 1000))
 
@@ -78,12 +79,6 @@ def measure(options: argparse.Namespace, stage: int, scaling: str, world: World,
         "peak": max(world.gather(found.peak)),
         "shares": {phase: rates[f"share_{phase}"] for phase in PHASES},
     }
-
-
-def recipe_type(settings: dict[str, Any]) -> Any:
-    from matvlm.config import Recipe
-
-    return Recipe.model_validate(settings)
 
 
 def communication(step: Callable[[], Any]) -> float:

@@ -46,10 +46,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from matvlm.artifacts import DataManifest
 from matvlm.config import Recipe
 from matvlm.data.prepare import prepare
-from matvlm.distill.world import LONGEST_WAIT, World, join
 from matvlm.models.small import CHAT_TEMPLATE, IMAGE, build_tokenizer
 from matvlm.reporting import Reporter
 from matvlm.targets import TargetJob, join_shards, open_targets
+from matvlm.world import LONGEST_WAIT, World, join
 
 WORDS = [f"w{number}" for number in range(1000)]
 ANSWER, IMAGES = 100, 256

@@ -1,7 +1,7 @@
 """The processes of one run: who this one is among them, and the few numbers that they tell each other.
 
 torchrun starts them, one a GPU, or whatever else sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
-What is exchanged here are counts and losses; gradients are the engine's.
+What is exchanged here are counts, losses and answers; gradients are the engine's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 LONGEST_WAIT = timedelta(days=7)
-"""For the first process's preparations. A process that has gone is noticed before."""
+"""For the slowest process, or the first one's preparations. A process that has gone is noticed before."""
 Made = TypeVar("Made")
 
 
@@ -66,14 +66,14 @@ def join(device: str, timeout: timedelta | None = None) -> tuple[World, str]:
     """Find the other processes that torchrun has started, if it has, and this one's own device.
 
     Args:
-        device: ``cpu``, or ``cuda``, of which each process of a machine takes the one with its local rank.
+        device: ``cpu``, or ``cuda``, of which each of several processes takes the one with its local rank.
         timeout: how long an exchange may wait for the slowest; None is torch's own.
 
     Returns:
         The world and the device, such as ``cuda:1``.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if device == "cuda" and size > 1:
+    if device.startswith("cuda") and size > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if size == 1:
