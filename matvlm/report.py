@@ -47,7 +47,7 @@ def common_task(tasks: Sequence[str], results: Sequence[EvalResult]) -> str:
 
 
 def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task: str) -> list[Row]:
-    """The accuracy of every model on ``task``, or what its score is of the best possible one, in [0, 1] as well.
+    """The score of every model on ``task``, as a share of the best possible one: an accuracy, in [0, 1].
 
     The teacher is the measure of the others.
 
@@ -78,11 +78,9 @@ def rows(checkpoints: Sequence[Checkpoint], results: Sequence[EvalResult], task:
 
 
 def _accuracy(result: EvalResult, task: str) -> float:
-    if task in result.scores:
-        return result.scores[task].value / 100
-    if f"{task}/accuracy" not in result.metrics:
+    if task not in result.scores:
         raise ValueError(f"report: {result.label} has no score of {task}: {result.failed.get(task, 'nothing failed')}")
-    return result.metrics[f"{task}/accuracy"]
+    return result.scores[task].value / 100
 
 
 def write_accuracy(table: Sequence[Row], samples: Sequence[ComparedSample], folder: Path, reporter: Reporter) -> None:

@@ -41,8 +41,16 @@ def result(label: str, accuracy: float, questions: int = 2000, **kinds: float) -
     metrics = {"easyvqa/accuracy": accuracy, "other/accuracy": 0.25} | {
         f"easyvqa/accuracy_{kind}": value for kind, value in kinds.items()
     }
+    both = {"easyvqa": accuracy, "other": 0.25}
+    scores = {task: TaskScore(metric="accuracy", value=100 * value) for task, value in both.items()}
     return EvalResult(
-        label=label, checkpoint_uri="", metrics=metrics, num_questions=questions, seconds=1.0, samples_uri=""
+        label=label,
+        checkpoint_uri="",
+        metrics=metrics,
+        num_questions=questions,
+        seconds=1.0,
+        samples_uri="",
+        scores=scores,
     )
 
 
