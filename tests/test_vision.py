@@ -9,7 +9,8 @@ import torch
 from tiny_families import FAMILIES, batch
 
 from matvlm.data.encoding import Batch
-from matvlm.distill.vision import Vision, vision_tower
+from matvlm.distill.vision import Vision
+from matvlm.models.hybrid import vision_tower
 
 VLMS = [name for name, family in FAMILIES.items() if family.images is not None]
 

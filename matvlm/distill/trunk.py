@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from matvlm.data.encoding import Batch
 from matvlm.distill.known import known
-from matvlm.distill.vision import Vision, vision_tower
+from matvlm.distill.vision import Vision
 from matvlm.losses import layer_cosine, layer_l2
 from matvlm.models.fusing import compile_
-from matvlm.models.hybrid import decoder_layers, find_connector, mixers
+from matvlm.models.hybrid import decoder_layers, find_connector, mixers, vision_tower
 from matvlm.models.patch import forward_as
 from matvlm.models.watch import Seen, watch, watching
 from matvlm.teacher import kept_hidden

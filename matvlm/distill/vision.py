@@ -11,17 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from matvlm.data.encoding import Batch
-from matvlm.models.hybrid import find_connector
 from matvlm.models.patch import forward_as
-
-
-def vision_tower(model: PreTrainedModel) -> nn.Module | None:
-    """What turns images into features before the connector; None for a text model or where both are one module."""
-    tower: nn.Module = model.get_encoder(modality="image")
-    connector = find_connector(model)
-    if tower in (model, model.base_model) or any(module is connector for module in tower.modules()):
-        return None
-    return tower
 
 
 class Vision:

@@ -25,7 +25,8 @@ from transformers import StoppingCriteriaList
 from matvlm.evaluate import pictures
 from matvlm.evaluate.answers import Answers, key_of
 from matvlm.evaluate.prefix import chunks, shared_prefix_batches, shares_prefixes
-from matvlm.evaluate.stopping import Limits, StopAt, cut, decode, limits_of
+from matvlm.evaluate.stopping import Limits, StopAt, decode, limits_of
+from matvlm.generation.text import cut
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
 from matvlm.world import World

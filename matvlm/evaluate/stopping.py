@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
+
+from matvlm.generation.text import cut
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -46,8 +47,3 @@ class StopAt(StoppingCriteria):
 def decode(tokenizer: Any, ids: Tensor) -> list[str]:
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """``text`` up to the first of ``until`` in it."""
-    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,6 +158,23 @@ def rotates_halves(attention: nn.Module) -> bool:
     return True
 
 
+@torch.no_grad()
+def rms_norm(norm: nn.Module | None, width: int) -> HeadNorm | None:
+    """What ``norm`` multiplies by, if it is an RMS norm of vectors of ``width``; None if it is anything else."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weights = [] if norm is None else list(norm.parameters())
+    if norm is None or eps is None or len(weights) > 1 or any(weight.shape != (width,) for weight in weights):
+        return None
+    if weights and weights[0].is_meta:
+        return HeadNorm(weights[0], eps)
+    device = weights[0].device if weights else torch.device("cpu")
+    trial = copy.deepcopy(norm).float()
+    factors = trial(torch.full((width,), 1024.0, device=device))  # so large that eps does not matter
+    vector = torch.linspace(-1.0, 2.0, width, device=device)
+    same = torch.allclose(trial(vector), F.rms_norm(vector, (width,), factors, eps), rtol=1e-4, atol=1e-5)
+    return HeadNorm(factors, eps) if same else None
+
+
 def caveats(model: PreTrainedModel, attentions: Mapping[int, nn.Module], init: str) -> list[str]:
     """What Mamba-2 does otherwise than the attentions it replaces in ``model``, beyond what holds for every model.
 
@@ -198,43 +215,31 @@ def caveats(model: PreTrainedModel, attentions: Mapping[int, nn.Module], init: s
     return found
 
 
+def windows(model: PreTrainedModel, layers: Sequence[int]) -> list[int | None]:
+    """The sliding window, in tokens, of the attention in each of ``layers``; None: it sees all that came before."""
+    slots = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    found = [getattr(slots[index], "sliding_window", None) if index < len(slots) else None for index in layers]
+    return [None if window is None else int(window) for window in found]
+
+
 def _windows(model: PreTrainedModel, layers: list[int]) -> dict[int, list[int]]:
     """Window in tokens -> those of ``layers`` that have it, unless it is as long as the model's longest input."""
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
-    slots = DynamicCache(config=config).layers
-    windows: dict[int, list[int]] = {}
-    for index in layers:
-        window = getattr(slots[index], "sliding_window", None) if index < len(slots) else None
+    by_window: dict[int, list[int]] = {}
+    for index, window in zip(layers, windows(model, layers), strict=True):
         if window is not None and window < longest:
-            windows.setdefault(int(window), []).append(index)
-    return windows
+            by_window.setdefault(window, []).append(index)
+    return by_window
 
 
 def _with_norms(read: Attention, attention: nn.Module) -> Attention:
     """``read`` with the norms of ``attention``: kept where both q and k have an RMS norm of each head, else lost."""
     names = tuple(sorted(name for name, _ in attention.named_children() if "norm" in name))
-    q_norm, k_norm = (_head_norm(getattr(attention, name, None), read.head_dim) for name in ("q_norm", "k_norm"))
+    q_norm, k_norm = (rms_norm(getattr(attention, name, None), read.head_dim) for name in ("q_norm", "k_norm"))
     if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
         return replace(read, lost=names)
     return replace(read, q_norm=q_norm, k_norm=k_norm, lost=tuple(n for n in names if n not in ("q_norm", "k_norm")))
-
-
-@torch.no_grad()
-def _head_norm(norm: nn.Module | None, head_dim: int) -> HeadNorm | None:
-    """What ``norm`` multiplies by, if it is an RMS norm of vectors of ``head_dim``; None if it is anything else."""
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    weights = [] if norm is None else list(norm.parameters())
-    if norm is None or eps is None or len(weights) > 1 or any(weight.shape != (head_dim,) for weight in weights):
-        return None
-    if weights and weights[0].is_meta:
-        return HeadNorm(weights[0], eps)
-    device = weights[0].device if weights else torch.device("cpu")
-    trial = copy.deepcopy(norm).float()
-    factors = trial(torch.full((head_dim,), 1024.0, device=device))  # so large that eps does not matter
-    vector = torch.linspace(-1.0, 2.0, head_dim, device=device)
-    same = torch.allclose(trial(vector), F.rms_norm(vector, (head_dim,), factors, eps), rtol=1e-4, atol=1e-5)
-    return HeadNorm(factors, eps) if same else None
 
 
 @torch.no_grad()

@@ -158,6 +158,15 @@ def find_connector(model: PreTrainedModel) -> nn.Module | None:
     return next((part for name, part in model.named_modules() if name.rpartition(".")[2] in CONNECTORS), None)
 
 
+def vision_tower(model: PreTrainedModel) -> nn.Module | None:
+    """What turns images into features before the connector; None for a text model or where both are one module."""
+    tower: nn.Module = model.get_encoder(modality="image")
+    connector = find_connector(model)
+    if tower in (model, model.base_model) or any(module is connector for module in tower.modules()):
+        return None
+    return tower
+
+
 def save(
     model: PreTrainedModel,
     processor: Any,
