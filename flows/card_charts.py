@@ -7,10 +7,11 @@ page from being read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from matvlm.plots import COLOURS
+from matvlm.artifacts import Measurement, ProfileResult
+from matvlm.plots import COLOURS, length, length_field, series
 
 Row = Mapping[str, Any]
 Spec = dict[str, Any]
@@ -70,11 +71,11 @@ class Curves:
 
     def add(self, update: int, values: Mapping[str, float]) -> None:
         """One more point of each of the series in ``values``; not finite ones are skipped."""
-        for series, value in values.items():
-            seen = self._seen.get(series, 0)
-            self._seen[series] = seen + 1
+        for name, value in values.items():
+            seen = self._seen.get(name, 0)
+            self._seen[name] = seen + 1
             if seen % self._every == 0 and math.isfinite(value):
-                self._points.append({"update": update, "series": series, "value": float(f"{value:.5g}")})
+                self._points.append({"update": update, "series": name, "value": float(f"{value:.5g}")})
                 if value <= 0:
                     self._y["scale"]["type"] = "linear"
         if len(self._points) >= 2 * CURVE_POINTS * len(self._seen):
@@ -110,23 +111,30 @@ def accuracy_bars(rows: Sequence[Row]) -> Spec:
     return spec
 
 
-def over_context(title: str, unit: str, points: Sequence[tuple[str, int, float]]) -> Spec:
-    """One line per model over the context length, from zero. ``points`` are (label, context in tokens, value)."""
-    data = [{"model": label, "context": context, "value": value} for label, context, value in points]
-    contexts = sorted({context for _, context, _ in points})
+def over_length(result: ProfileResult, title: str, unit: str, value: Callable[[Measurement], float]) -> Spec:
+    """A line per series over the length: models by colour, stacks by dashes; points without memory are missing."""
+    data = [
+        {"line": name, "model": point.label, "stack": point.stack, "length": length(result, point)}
+        | {"value": value(point.measured)}
+        for name, points in series(result).items()
+        for point in points
+        if point.measured
+    ]
     spec = _chart(title, _finite(data, "value"), 240)
     spec["width"] = NARROW
-    spec["mark"] = {"type": "line", "point": {"size": 55, "filled": True}, "strokeWidth": 2, "tooltip": True}
+    spec["mark"] = {"type": "line", "point": {"size": 45, "filled": True}, "strokeWidth": 2, "tooltip": True}
     spec["encoding"] = {
         "x": {
-            "field": "context",
+            "field": "length",
             "type": "quantitative",
-            "title": "context [tokens]",
+            "title": "prompt [tokens]" if length_field(result) == "prompt" else "generated [tokens]",
             "scale": {"type": "log", "base": 2, "nice": False, "padding": 18},
-            "axis": {"values": contexts, "format": "d"},
+            "axis": {"values": sorted({row["length"] for row in data}), "format": "d"},
         },
         "y": {"field": "value", "type": "quantitative", "title": unit, "axis": {"tickCount": 5, "format": "~s"}},
         "color": {"field": "model", "type": "nominal", "sort": None, "scale": {"range": list(COLOURS)}},
+        "strokeDash": {"field": "stack", "type": "nominal", "sort": None},
+        "detail": {"field": "line", "type": "nominal"},
     }
     return spec
 

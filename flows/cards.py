@@ -19,6 +19,7 @@ from metaflow import current
 from metaflow.cards import Image, Markdown, ProgressBar, Table, ValueBox, VegaChart
 
 from matvlm.artifacts import EvalResult, ProfileResult
+from matvlm.plots import profile_panels
 from matvlm.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -145,17 +146,16 @@ class ProfileCard(LiveCard):
     id = "profile"
     unit = "measurements"
 
-    def show(self, result: ProfileResult, baseline: str = "teacher") -> None:
-        """Curves over the context length, ratios to ``baseline`` where it was measured, every figure, the machine."""
-        points = result.points
-        decode = [(p.label, p.context, p.decode_tokens_per_second) for p in points]
-        cache = [(p.label, p.context, p.cache_bytes / 2**20) for p in points]
-        speed = charts.over_context("Decoding speed", "tokens / s", decode)
-        memory = charts.over_context("Cache (KV and recurrent state)", "MiB", cache)
-        self.append(Table([[VegaChart(speed), VegaChart(memory)]]))
-        if len({p.label for p in points} - {baseline}) == len({p.label for p in points}) - 1 > 0:
-            self.append(Markdown("## Ratios"), _ratios(result, baseline))
-        self.append(Markdown("## All figures"), _figures(result), Markdown("## Measured on"), _machine(result))
+    def show(self, result: ProfileResult) -> None:
+        """Curves over the length, what gains come from, every figure, the machine."""
+        from matvlm.profiling.tables import method, tables
+
+        curves = [charts.over_length(result, *panel) for panel in profile_panels(result)]
+        self.append(Table([[VegaChart(curve) for curve in curves]]))
+        for title, columns in tables(result):
+            self.append(Markdown(f"## {title}"), _table(columns))
+        facts = [[name, value] for name, value in {**result.machine, "method": method(result)}.items()]
+        self.append(Markdown("## Measured on"), Table(facts))
 
 
 def show_comparison(
@@ -229,39 +229,6 @@ def _marked(answer: str, right: bool) -> str:
     return f"{'✓' if right else '✗'} {answer or '(nothing)'}"
 
 
-def _ratios(result: ProfileResult, baseline: str) -> Table:
-    from matvlm.profiling import compare
-
-    ratios = compare(result, baseline)
-    columns = {
-        f"against {baseline}": [ratio.label for ratio in ratios],
-        "context": [f"{ratio.context:,}" for ratio in ratios],
-        "prefill speed": [_times(ratio.prefill_speed) for ratio in ratios],
-        "decoding speed": [_times(ratio.decode_speed) for ratio in ratios],
-        "cache size": [_times(ratio.cache_bytes) for ratio in ratios],
-        "peak memory": [_times(ratio.peak_bytes) for ratio in ratios],
-    }
-    return _table(columns)
-
-
-def _figures(result: ProfileResult) -> Table:
-    points = result.points
-    columns = {
-        "model": [p.label for p in points],
-        "context": [f"{p.context:,}" for p in points],
-        "prefill [ms]": [_number(1000 * p.prefill_seconds) for p in points],
-        "decoding [tokens / s]": [_number(p.decode_tokens_per_second) for p in points],
-        "cache [MiB]": [_number(p.cache_bytes / 2**20) for p in points],
-        "peak memory [MiB]": ["" if p.peak_bytes is None else _number(p.peak_bytes / 2**20) for p in points],
-    }
-    return _table(columns)
-
-
-def _machine(result: ProfileResult) -> Table:
-    method = f"medians of {result.repeats} repeats, {result.new_tokens} new tokens, batch {result.points[0].batch_size}"
-    return Table([[name, value] for name, value in {**result.machine, "method": method}.items()])
-
-
 def _table(columns: Mapping[str, list[str]]) -> Table:
     """Columns, by their headings, side by side; without those in which every cell is empty."""
     filled = {heading: cells for heading, cells in columns.items() if any(cells)}
@@ -278,10 +245,6 @@ def _page(card: str) -> Any | None:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}\N{NO-BREAK SPACE}×"
 
 
 def _number(value: float) -> str:

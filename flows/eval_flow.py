@@ -86,17 +86,9 @@ class EvalFlow(FlowSpec):
     @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def profile(self):
-        from matvlm import report
-        from matvlm.profiling import profile
-
-        recipe = self.settings()
-        page = cards.ProfileCard(f"Speed and memory of {self.checkpoint}")
-        models = [Checkpoint.model_validate(model) for model in self.models.values()]
-        with support.stage(self, recipe, "profile", page) as reporter:
-            result = profile(models, recipe.profile, reporter, support.device())
-            self.speed = result.model_dump(mode="json")
-            report.write_profile(result, Path(self.folder) / "report", reporter)
-            page.show(result)
+        models = map(Checkpoint.model_validate, self.models.values())
+        title = f"Speed and memory of {self.checkpoint}"
+        self.speed = evaluation.profile_models(self, self.settings(), models, title).model_dump(mode="json")
         self.next(self.gate)
 
     @step

@@ -1,4 +1,4 @@
-"""What the flows share about evaluated models: one task of one model, the results joined, and the model registry."""
+"""What the flows share about finished models: one task of one model, results joined, speed, the model registry."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cards
 import support
 from metaflow.integrations import ArgoEvent
 
-from matvlm.artifacts import Checkpoint, EvalResult
+from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
 from matvlm.config import Recipe
 from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
@@ -20,6 +21,19 @@ from matvlm.storage import folder_name
 
 EVENT = "matvlm-checkpoint"
 """Published on a cluster for every registered checkpoint; its payload has ``checkpoint``, the registered version."""
+
+
+def profile_models(flow: Any, recipe: Recipe, models: Iterable[Checkpoint], title: str) -> ProfileResult:
+    """The step ``profile`` of ``flow``: speed and memory of ``models``, in its card, its report and its MLflow run."""
+    from matvlm.profiling import profile
+    from matvlm.report import write_profile
+
+    page = cards.ProfileCard(title)
+    with support.stage(flow, recipe, "profile", page) as reporter:
+        result = profile(list(models), recipe.profile, reporter, support.device())
+        write_profile(result, Path(flow.folder) / "report", reporter)
+        page.show(result)
+    return result
 
 
 def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Reporter, device: str) -> EvalResult:

@@ -173,16 +173,9 @@ class TrainFlow(FlowSpec):
     @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def profile(self):
-        from matvlm import report
-        from matvlm.profiling import profile
-
-        recipe, page = self.settings(), cards.ProfileCard("Speed and memory, teacher and student on one stack")
-        with support.stage(self, recipe, "profile", page) as reporter:
-            models = [Checkpoint.model_validate(model) for model in self.models[:2]]
-            result = profile(models, recipe.profile, reporter, support.device())
-            self.speed = result.model_dump(mode="json")
-            report.write_profile(result, self.path("report"), reporter)
-            page.show(result)
+        models = map(Checkpoint.model_validate, self.models[:2])
+        title = "Speed and memory, teacher and student side by side"
+        self.speed = evaluation.profile_models(self, self.settings(), models, title).model_dump(mode="json")
         self.next(self.register)
 
     @step

@@ -6,7 +6,10 @@ its artifact and ``model_validate`` brings it back on any machine that can reach
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import statistics
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Artifact(BaseModel):
@@ -87,25 +90,102 @@ class EvalResult(Artifact):
         return sum(score.value for score in self.scores.values()) / len(self.scores) if self.scores else None
 
 
+class Repeats(Artifact):
+    """One quantity, measured several times. Repeat i of every model and stack at a point is of the same moments."""
+
+    each: Annotated[list[float], Field(min_length=1)]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.each)
+
+    @property
+    def low(self) -> float:
+        return min(self.each)
+
+    @property
+    def high(self) -> float:
+        return max(self.each)
+
+
+class Memory(Artifact):
+    """Bytes that a model alone needs at a point, on a stack."""
+
+    weights: int
+    kv: int
+    """Keys and values of all sequences at the end, from the tensors that hold them; allocated, if in advance."""
+    state: int
+    """Recurrent and convolution states of the mixers."""
+    peak_allocated: int | None = None
+    """At its highest, of what PyTorch had given out (GPU only)."""
+    peak_reserved: int | None = None
+    """The same of what PyTorch had taken from the device; recorded graphs keep their memory there (GPU only)."""
+
+    @property
+    def cache(self) -> int:
+        return self.kv + self.state
+
+    @property
+    def rest(self) -> int | None:
+        """Activations, buffers and copies: of the peak what is neither weights nor cache."""
+        return None if self.peak_allocated is None else self.peak_allocated - self.weights - self.cache
+
+
+class Measurement(Artifact):
+    prefill_seconds: Repeats
+    first_token_seconds: Repeats
+    decode_tokens_per_second: Repeats
+    """Of the whole batch, after the first token."""
+    total_seconds: Repeats
+    """From the prompt to the last token."""
+    setup_seconds: float
+    """What the first call took beyond a later one: compiling, recording, allocating."""
+    memory: Memory
+
+
 class ProfilePoint(Artifact):
-    """One model at one context length. Times are medians over the recipe's repeats."""
+    """One model on one stack, for one length of prompt, one of answers and one batch size."""
 
     label: str
-    context: int
+    stack: str
+    """``engine``, ``hf`` or ``hf_static``."""
+    prompt: int
+    new_tokens: int
     batch_size: int
-    prefill_seconds: float
-    decode_tokens_per_second: float
-    cache_bytes: int
-    """Bytes of KV cache and recurrent state at this context, measured from the cache's tensors."""
-    peak_bytes: int | None = None
-    """Peak device memory (GPU only)."""
-    prefill_seconds_each: list[float] = []
-    decode_tokens_per_second_each: list[float] = []
-    """The repeats behind the two medians. Repeat i of every model was measured in the same moments."""
+    step_bytes: int
+    """What a decode step has to move, in the middle of the answer; see ``matvlm.costs``."""
+    floor_tokens_per_second: float
+    """The most that the measured bandwidth allows then, for the whole batch."""
+    measured: Measurement | None = None
+    """None: the memory was not enough."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(prompt, new tokens, batch size), which points are compared at."""
+        return self.prompt, self.new_tokens, self.batch_size
+
+    @property
+    def share_of_floor(self) -> float | None:
+        if self.measured is None:
+            return None
+        return self.measured.decode_tokens_per_second.median / self.floor_tokens_per_second
 
 
 class ProfileResult(Artifact):
+    """Models side by side; the first point's model is what the others are held against."""
+
     points: list[ProfilePoint]
     machine: dict[str, str]
     repeats: int
-    new_tokens: int
+    bandwidth: float
+    """Bytes a second, read and written, of a copy on the device."""
+
+    @property
+    def baseline(self) -> str:
+        return self.points[0].label
+
+    @property
+    def stack(self) -> str:
+        """On which models are compared: the engine, if it was measured."""
+        stacks = [point.stack for point in self.points]
+        return "engine" if "engine" in stacks else stacks[0]

@@ -17,13 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from matvlm.artifacts import Checkpoint, DataManifest, ProfileResult
-from matvlm.config import Evaluate, Profile, Recipe
+from matvlm.artifacts import Checkpoint, DataManifest
+from matvlm.chat.command import register as register_chat
+from matvlm.config import Evaluate, Recipe
+from matvlm.profile_command import register as register_profile
 from matvlm.recipes import load_recipe, parse_recipe, split_overrides
 from matvlm.reporting import Reporter
-from matvlm.storage import StorageError, write_json
-from matvlm.tracking import TrackingError, resolve_checkpoint, sync
-from matvlm.tracking.registry import SCHEME
+from matvlm.storage import StorageError
+from matvlm.tracking import TrackingError, name_checkpoints, resolve_checkpoint, sync
 
 if TYPE_CHECKING:
     from matvlm.targets import GradientReport, TargetJob
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arguments = words[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if options.name in ("targets", "distill", "convert", "evaluate", "profile"):
+        if options.name in ("targets", "distill", "convert", "evaluate", "chat", "demo", "profile"):
             _hide_loading_bars()
         options.command(options)
     except (ValueError, StorageError, TrackingError) as error:
@@ -144,17 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s"
     )
 
+    register_chat(add, CHECKPOINTS)
+
     add("lm-eval", _lm_eval, "lm-eval's own command line, with the model matvlm and our tasks")
 
-    defaults = Profile()
-    command = add("profile", _profile, "measure speed and memory of checkpoints side by side", CHECKPOINTS)
-    command.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="the first is what the others are held against"
-    )
-    contexts = " ".join(map(str, defaults.contexts))
-    command.add_argument("--contexts", nargs="+", type=_count, metavar="N", help=f"in tokens; default: {contexts}")
-    command.add_argument("--repeats", type=_count, default=defaults.repeats, metavar="N", help="default: %(default)s")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write every figure to this JSON file")
+    register_profile(add, CHECKPOINTS)
     return parser
 
 
@@ -361,7 +356,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     settings = parse_recipe(
         json.dumps({name: value for name, value in given.items() if value}), "--task and --data", kind=Evaluate
     )
-    (checkpoint,) = _checkpoints([options.checkpoint])
+    (checkpoint,) = name_checkpoints([options.checkpoint])
     other = read_result(options.against) if options.against else None
     result = evaluate(checkpoint, settings, options.limit, options.out, Reporter(), _device())
     if os.environ.get("RANK", "0") != "0":
@@ -387,57 +382,6 @@ def _lm_eval(options: argparse.Namespace) -> None:
     from matvlm.evaluate.adapter import run_lm_eval
 
     run_lm_eval(options.arguments, resolve_checkpoint)
-
-
-def _profile(options: argparse.Namespace) -> None:
-    from matvlm.profiling import profile
-
-    chosen = {"contexts": options.contexts} if options.contexts else {}
-    settings = Profile(repeats=options.repeats, **chosen)
-    result = profile(_checkpoints(options.checkpoints), settings, Reporter(), _device())
-    if options.out:
-        write_json(options.out, result.model_dump(mode="json"))
-    print(_profile_table(result))
-    print(*(f"{name}: {value}" for name, value in result.machine.items()), sep="\n")
-
-
-def _profile_table(result: ProfileResult) -> str:
-    """Every point in figures, and after ``x`` as ratio to the first model, above 1 meaning more of it."""
-    from matvlm.inspection import table
-    from matvlm.profiling import compare
-
-    ratios = {(row.label, row.context): row for row in compare(result, baseline=result.points[0].label)}
-    rows = [["", "context", "prefill ms", "speed", "decode tokens/s", "speed", "cache MiB", "size"]]
-    for point in result.points:
-        ratio = ratios.get((point.label, point.context))
-        held = (ratio.prefill_speed, ratio.decode_speed, ratio.cache_bytes) if ratio else ()
-        prefill, decode, cache = [f"x {value:.2f}" for value in held] or [""] * 3
-        rows.append(
-            [
-                point.label,
-                f"{point.context:,}",
-                f"{point.prefill_seconds * 1000:,.1f}",
-                prefill,
-                f"{point.decode_tokens_per_second:,.1f}",
-                decode,
-                f"{point.cache_bytes / 2**20:,.2f}",
-                cache,
-            ]
-        )
-    return table(rows)
-
-
-def _checkpoints(specs: Sequence[str]) -> list[Checkpoint]:
-    """The checkpoints, labelled by the last part of their names, or by the whole names where these are alike."""
-    labels = [_label(spec) for spec in specs]
-    labels = labels if len(set(labels)) == len(labels) else list(specs)
-    return [Checkpoint(uri=resolve_checkpoint(spec), label=label) for spec, label in zip(specs, labels, strict=True)]
-
-
-def _label(spec: str) -> str:
-    if spec.startswith(SCHEME):
-        return spec.removeprefix(SCHEME)
-    return spec.rstrip("/").rpartition("/")[2]
 
 
 def _device() -> str:

@@ -7,7 +7,7 @@ updates, never micro-batches.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -406,14 +406,53 @@ class Evaluate(Section):
     """Questions with image and both answers shown in the card and in MLflow."""
 
 
-class Profile(Section):
-    """Teacher and student on one stack, interleaved, in one process."""
+StackName = Literal["engine", "hf", "hf_static"]
+"""What runs a model: our engine, transformers' ``generate()``, and that with its static cache (compiled on a GPU)."""
 
-    contexts: list[Count] = [256, 1024, 2048]
-    """Tokens already in the cache when decoding starts."""
-    new_tokens: Count = 16
-    batch_size: Count = 1
-    repeats: Count = 3
+PROTOCOLS: dict[str, dict[str, list[int]]] = {
+    "paper": {"prompts": [769], "new_tokens": [2**power for power in range(10, 16)], "batch_sizes": [1]},
+}
+"""Published protocols of measuring, by name. ``paper``: MaTVLM's figures, one sequence, an image of 728 tokens with its
+question, 1k to 32k tokens generated."""
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"every value once, got {values}")
+    return values
+
+
+Counts = Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
+Decoded = Annotated[int, Field(ge=2)]
+
+
+class Profile(Section):
+    """Models side by side, interleaved, in one process: every prompt length with every answer and batch size."""
+
+    protocol: Literal["paper"] | None = None
+    """A name of ``PROTOCOLS``, which then gives ``prompts``, ``new_tokens`` and ``batch_sizes``."""
+    stacks: Annotated[list[StackName], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    """Null is engine and hf, on a GPU hf_static too."""
+    prompts: Counts = [256, 1024, 2048]
+    """Tokens of each sequence that are there when decoding starts."""
+    new_tokens: Annotated[list[Decoded], Field(min_length=1), AfterValidator(_distinct)] = [32]
+    """Tokens decoded for each sequence, the first one, which the prompt gives, included."""
+    batch_sizes: Counts = [1]
+    repeats: Count = 5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _protocol_gives_the_lengths(cls, given: Any) -> Any:
+        fixed = PROTOCOLS.get(str(given.get("protocol")), {}) if isinstance(given, dict) else {}
+        for field, value in fixed.items():
+            if given.get(field, value) != value:
+                raise ValueError(f"protocol {given['protocol']} sets {field} to {value}: leave {field} out")
+        return {**given, **fixed} if fixed else given
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of a sequence at the end, of each combination."""
+        return sorted({prompt + new for prompt in self.prompts for new in self.new_tokens})
 
 
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]

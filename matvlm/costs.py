@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from matvlm.models import hybrid
 from matvlm.models.mixer import Mamba2Mixer
@@ -78,7 +79,15 @@ def state_bytes(mixer: Mamba2Mixer) -> int:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors in a transformers cache, keys and values as well as Mamba-2 states."""
-    return sum(tensor_bytes(vars(layer)) for layer in cache.layers)
+    return sum(cache_parts(cache))
+
+
+def cache_parts(cache: Any) -> tuple[int, int]:
+    """The same apart: (keys and values, states)."""
+    sizes = [0, 0]
+    for layer in cache.layers:
+        sizes[isinstance(layer, LinearAttentionCacheLayerMixin)] += tensor_bytes(vars(layer))
+    return sizes[0], sizes[1]
 
 
 def tensor_bytes(value: Any) -> int:

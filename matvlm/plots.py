@@ -6,14 +6,18 @@ Colours are from a palette that stays apart for colour-blind readers; every seri
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matvlm.artifacts import ProfilePoint, ProfileResult
+from matvlm.artifacts import Measurement, ProfilePoint, ProfileResult
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = {"engine": "-", "hf": "--", "hf_static": "-."}
+LOG_FROM = 4.0
+"""Values of a profile that differ by more are drawn on a logarithmic axis."""
 STYLE: dict[Any, Any] = {
     "figure.dpi": 120,
     "figure.constrained_layout.use": True,
@@ -57,29 +61,73 @@ def loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def speed_memory(result: ProfileResult, path: Path) -> None:
-    """Prefill seconds, decoding speed and cache size over the context length, one line per model.
+    """Decoding speed with the floor, memory, and time to the first token over the length, a line per ``series``.
+
+    A model has its colour and a stack its dashes; where the memory was not enough it says so.
 
     Raises:
         ValueError: the result has no point.
     """
     if not result.points:
         raise ValueError(f"{path}: nothing to draw, the profile has no point")
+    figure, axes = _figure(columns=3, size=(14.5, 4.6))
     labels = list(dict.fromkeys(point.label for point in result.points))
-    figure, axes = _figure(columns=3, size=(13.0, 4.2))
-    for number, label in enumerate(labels):
-        points = sorted((p for p in result.points if p.label == label), key=lambda point: point.context)
-        contexts = [point.context for point in points]
-        look = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "label": label}
-        for axis, values in zip(axes, _profile_series(points), strict=True):
-            axis.plot(contexts, values, **look)
-    for axis, (title, unit) in zip(axes, _PROFILE_PANELS, strict=True):
+    panels = profile_panels(result)
+    for number, (name, points) in enumerate(series(result).items()):
+        look = {
+            "color": _colour(labels.index(points[0].label)),
+            "linestyle": DASHES.get(points[0].stack, "-"),
+            "marker": MARKERS[number % len(MARKERS)],
+            "label": name,
+        }
+        for axis, (_, _, value) in zip(axes, panels, strict=True):
+            measured = [(length(result, point), value(point.measured)) for point in points if point.measured]
+            axis.plot([at for at, _ in measured], [found for _, found in measured], **look)
+        if points[0].stack == result.stack:
+            floor = [point.floor_tokens_per_second for point in points]
+            axes[0].plot([length(result, point) for point in points], floor, ":", color=look["color"], alpha=0.6)
+        _mark_missing(axes[0], result, points, look["color"], 0.02 + 0.045 * number)
+    for axis, (title, unit, _) in zip(axes, panels, strict=True):
         axis.set_title(title)
         axis.set_ylabel(unit)
-        axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
-        _context_axis(axis, sorted({point.context for point in result.points}))
-    axes[0].legend(frameon=False)
+        _length_axis(axis, result)
+        _fit(axis)
+    axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(_measured_on(result), fontsize=9, color="0.35")
     _save(figure, path)
+
+
+def series(result: ProfileResult) -> dict[str, list[ProfilePoint]]:
+    """The points that make a line, in order of length, by its name: one model, stack and whatever else varies."""
+    lines: dict[str, list[ProfilePoint]] = {}
+    along = length_field(result)
+    others = [field for field in ("new_tokens", "batch_size") if field != along and _varies(result, field)]
+    units = {"new_tokens": "{:,} new", "batch_size": "batch {:,}"}
+    for point in result.points:
+        words = [point.label, point.stack, *(units[field].format(getattr(point, field)) for field in others)]
+        lines.setdefault(", ".join(words), []).append(point)
+    return {name: sorted(points, key=partial(length, result)) for name, points in lines.items()}
+
+
+def length_field(result: ProfileResult) -> str:
+    """What plots have as length: the prompt's, or the answer's if that alone varies."""
+    return "new_tokens" if _varies(result, "new_tokens") and not _varies(result, "prompt") else "prompt"
+
+
+def length(result: ProfileResult, point: ProfilePoint) -> int:
+    return int(getattr(point, length_field(result)))
+
+
+def profile_panels(result: ProfileResult) -> list[tuple[str, str, Callable[[Measurement], float]]]:
+    """(title, unit, value) of each; memory is the peak where that could be measured."""
+    memory = ("Cache (KV and recurrent state)", "MiB", lambda found: found.memory.cache / 2**20)
+    if any(point.measured and point.measured.memory.peak_allocated for point in result.points):
+        memory = ("Peak memory", "GiB", lambda found: (found.memory.peak_allocated or 0) / 2**30)
+    return [
+        ("Decoding (dotted: floor)", "tokens / second", lambda found: found.decode_tokens_per_second.median),
+        memory,
+        ("First token", "seconds", lambda found: found.first_token_seconds.median),
+    ]
 
 
 def accuracy_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -111,36 +159,43 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-_PROFILE_PANELS = (
-    ("Prefill", "seconds"),
-    ("Decoding", "tokens / second"),
-    ("Cache (KV and recurrent state)", "MiB"),
-)
-
-
-def _profile_series(points: list[ProfilePoint]) -> list[list[float]]:
-    """The values of each of ``_PROFILE_PANELS``."""
-    return [
-        [point.prefill_seconds for point in points],
-        [point.decode_tokens_per_second for point in points],
-        [point.cache_bytes / 2**20 for point in points],
-    ]
-
-
 def _measured_on(result: ProfileResult) -> str:
-    machine = result.machine
+    machine, first = result.machine, result.points[0]
     place = machine.get("gpu") or f"{machine.get('cpu', 'CPU')}, {machine.get('threads', '?')} threads"
-    return (
-        f"{place}; batch {result.points[0].batch_size}, {result.new_tokens} new tokens, "
-        f"median of {result.repeats} interleaved repeats"
-    )
+    fields = {"prompt": f"prompt {first.prompt:,}", "new_tokens": f"{first.new_tokens:,} new tokens"}
+    fields["batch_size"] = f"batch {first.batch_size:,}"
+    same = ", ".join(text for field, text in fields.items() if not _varies(result, field))
+    return f"{place}; {same}; median of {result.repeats} interleaved repeats"
 
 
-def _context_axis(axis: Any, contexts: list[int]) -> None:
+def _varies(result: ProfileResult, field: str) -> bool:
+    return len({getattr(point, field) for point in result.points}) > 1
+
+
+def _mark_missing(axis: Any, result: ProfileResult, points: list[ProfilePoint], colour: str, height: float) -> None:
+    for point in points:
+        if point.measured is None:
+            place = (length(result, point), height)
+            axis.text(
+                *place, "OOM", color=colour, transform=axis.get_xaxis_transform(), size=9, weight="bold", ha="center"
+            )
+
+
+def _length_axis(axis: Any, result: ProfileResult) -> None:
+    lengths = sorted({length(result, point) for point in result.points})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else str(c) for c in contexts])
+    axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axis.minorticks_off()
-    axis.set_xlabel("context [tokens]")
+    axis.set_xlabel("prompt [tokens]" if length_field(result) == "prompt" else "generated [tokens]")
+
+
+def _fit(axis: Any) -> None:
+    """A logarithmic vertical axis for values that are far apart, else one from zero."""
+    low, high = axis.dataLim.intervaly
+    if 0 < low < math.inf and high > LOG_FROM * low:
+        _log_axis(axis)
+    else:
+        axis.set_ylim(0, 1.08 * high if high > 0 else 1.0)
 
 
 def _log_axis(axis: Any) -> None:

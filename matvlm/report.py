@@ -6,13 +6,15 @@ import base64
 import html
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matvlm import plots
 from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
 from matvlm.evaluate import ComparedSample, ScoreRow
-from matvlm.profiling import compare
+from matvlm.profiling import compare, stack_gains
+from matvlm.profiling.tables import as_csv, method, tables
 from matvlm.reporting import Reporter
 from matvlm.storage import write_bytes, write_json
 
@@ -139,12 +141,13 @@ def _points(value: float | None) -> str:
 
 
 def write_profile(result: ProfileResult, folder: Path, reporter: Reporter) -> None:
-    """``profile.md``, ``profile.json`` and ``profile.png`` into ``folder``, kept with the run under ``report``."""
+    """``profile.md``, ``.json``, ``.csv`` and ``.png`` into ``folder``, kept with the run under ``report``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "profile.md", profile_table(result).encode())
     write_json(folder / "profile.json", result.model_dump(mode="json"))
+    write_bytes(folder / "profile.csv", as_csv(result).encode())
     plots.speed_memory(result, folder / "profile.png")
-    for name in ("profile.md", "profile.json", "profile.png"):
+    for name in ("profile.md", "profile.json", "profile.csv", "profile.png"):
         reporter.artifact(folder / name, "report")
 
 
@@ -161,35 +164,36 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.2%}"
 
 
-def profile_table(result: ProfileResult, baseline: str = TEACHER) -> str:
-    """Speed and memory as Markdown, each model at each context, with the ratios to ``baseline``."""
-    ratios = {(c.label, c.context): c for c in compare(result, baseline)}
-    lines = [
-        "| model | context | prefill s | decode tokens/s | cache KiB | prefill x | decode x | cache x |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for point in result.points:
-        ratio = ratios.get((point.label, point.context))
-        relative = (
-            f"{ratio.prefill_speed:.2f} | {ratio.decode_speed:.2f} | {ratio.cache_bytes:.2f}" if ratio else "1 | 1 | 1"
-        )
-        lines.append(
-            f"| {point.label} | {point.context:,} | {point.prefill_seconds:.4f} | "
-            f"{point.decode_tokens_per_second:.1f} | {point.cache_bytes / 1024:,.0f} | {relative} |"
-        )
-    return "\n".join(lines) + "\n"
+def profile_table(result: ProfileResult) -> str:
+    """Speed, gains and memory as Markdown, each model on each stack at each place."""
+    parts = []
+    for table in tables(result):
+        head, *rows = (f"| {' | '.join(cells)} |\n" for cells in table.rows)
+        ruler = f"|---|{'--:|' * (len(table.columns) - 1)}\n"
+        parts.append(f"{table.title}:\n\n{head}{ruler}{''.join(rows)}\n")
+    return "".join(parts) + f"{method(result)}.\n"
 
 
 def headline(table: Sequence[Row], result: ProfileResult, student: str = "student") -> dict[str, float]:
-    """What flow runs are compared by: accuracies, and the student's ratios to the teacher at the longest context."""
+    """What flow runs are compared by: accuracies, and ratios at the longest place at which there are any.
+
+    The student's to the teacher, on one stack, and of its decoding speed the stack's to transformers'.
+    """
     numbers = {f"accuracy/{row.label}": row.accuracy for row in table}
     numbers["share_of_teacher"] = next(row.share for row in table if row.label == student)
-    longest = max((c for c in compare(result) if c.label == student), key=lambda c: c.context)
-    return numbers | {
-        "decode_speed_ratio": longest.decode_speed,
-        "prefill_speed_ratio": longest.prefill_speed,
-        "cache_ratio": longest.cache_bytes,
+    layers = [row for row in compare(result) if (row.label, row.stack) == (student, result.stack)]
+    stacks = [gain for gain in stack_gains(result) if gain.label == student]
+    ratios = {
+        "decode_speed_ratio": [(row.place, row.decode_speed) for row in layers],
+        "prefill_speed_ratio": [(row.place, row.prefill_speed) for row in layers],
+        "cache_ratio": [(row.place, row.cache_bytes) for row in layers],
+        "stack_speed_ratio": [(gain.place, gain.decode_speed) for gain in stacks],
     }
+    for name, found in ratios.items():
+        known = [(sum(place[:2]), ratio) for place, ratio in found if ratio is not None]
+        if known:
+            numbers[name] = max(known, key=itemgetter(0))[1]
+    return numbers
 
 
 def write_gallery(

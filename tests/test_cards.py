@@ -29,12 +29,13 @@ HOSTILE = "is <img src=x onerror=alert(1)> a *red* thing?"
 FLOW = f"""
 import sys
 
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "flows")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "flows")!r}, {str(ROOT / "tests")!r}]
 
 from metaflow import FlowSpec, card, step
 
 import cards
-from matvlm.artifacts import EvalResult, ProfilePoint, ProfileResult, TaskScore
+from matvlm.artifacts import EvalResult, TaskScore
+from tiny_profile import point, result
 
 PNG = {PNG!r}
 
@@ -56,13 +57,13 @@ def show_all():
     evaluate.show(EvalResult(label="<b>student", checkpoint_uri="runs/x", metrics=metrics, num_questions=9673,
                              seconds=92.0, samples_uri="s", scores={{"easyvqa": score}}, failed={{"pope": "no data"}}))
     points = [
-        ProfilePoint(label=label, context=context, batch_size=1, prefill_seconds=0.25, decode_tokens_per_second=speed,
-                     cache_bytes=size * context * 1024, prefill_seconds_each=[0.25],
-                     decode_tokens_per_second_each=[speed])
-        for label, speed, size in (("teacher", 100.0, 8), ("student", 150.0, 2)) for context in (256, 1024)
+        point(label, stack, prompt, decode=[speed], kv=size * prompt * 1024 - 1024, floor=1000.0,
+              out_of_memory=(label, stack, prompt) == ("<i>teacher", "hf", 1024))
+        for label, stack, speed, size in (("<i>teacher", "engine", 100.0, 8), ("<i>teacher", "hf", 50.0, 8),
+                                          ("student", "engine", 150.0, 2)) for prompt in (256, 1024)
     ]
     profile = cards.ProfileCard("Speed and memory")
-    profile.show(ProfileResult(points=points, machine={{"cpu": "Loom 9000"}}, repeats=5, new_tokens=32))
+    profile.show(result(*points))
     kinds = {{"yes_no": 0.955}}
     rows = [
         Row("teacher", init="-", updates=0, accuracy=0.973, share=1.0, num_questions=9673, kinds={{}})._asdict(),
@@ -241,17 +242,28 @@ def test_compare_shows_models_and_answers_with_their_pictures(flow: tuple[Path, 
     assert [bar["percent"] for bar in chart["spec"]["data"]["values"]] == pytest.approx([97.3, 94.1])
 
 
-def test_profile_shows_curves_ratios_and_the_machine(flow: tuple[Path, str]) -> None:
+def test_profile_shows_curves_gains_and_the_machine(flow: tuple[Path, str]) -> None:
     drawn = page(flow, "profile")
-    speed, cache = (chart["spec"] for chart in parts(drawn, "vegaChart"))
-    assert speed["data"]["values"][-1] == {"model": "student", "context": 1024, "value": 150.0}
-    assert [point["value"] for point in cache["data"]["values"]] == [2.0, 8.0, 0.5, 2.0]
+    speed, cache, first = (chart["spec"] for chart in parts(drawn, "vegaChart"))
+    assert speed["data"]["values"][-1] == {
+        "line": "student, engine",
+        "model": "student",
+        "stack": "engine",
+        "length": 1024,
+        "value": 150.0,
+    }
+    assert [point["value"] for point in cache["data"]["values"]] == [2.0, 8.0, 2.0, 0.5, 2.0]
+    assert {point["value"] for point in first["data"]["values"]} == {0.2}
     assert speed["encoding"]["x"]["axis"]["values"] == [256, 1024]
     rows = cells(drawn)
-    assert ["student", "256", "1.00\xa0×", "1.50\xa0×", "0.25\xa0×"] in rows
-    assert ["teacher", "1,024", "250", "100", "8"] in rows
+    assert ["<i>teacher", "engine", "1,024", "100", "200", "100", "1,000", "10%"] in rows
+    assert ["<i>teacher", "hf", "1,024", "OOM", "OOM", "OOM", "1,000", "OOM"] in rows
+    assert ["<i>teacher", "256", "hf", "1.00 x", "2.00 x", "", "", "", ""] in rows
+    assert ["student", "1,024", "", "", "", "1.00 x", "1.50 x", "1.00 x", "0.25 x"] in rows
     assert ["cpu", "Loom 9000"] in rows
-    assert ["method", "medians of 5 repeats, 32 new tokens, batch 1"] in rows
+    (method,) = [row[1] for row in rows if row[0] == "method"]
+    assert method.startswith("batch 1, 4 new tokens, medians")
+    assert not any("<i>" in part["source"] for part in parts(drawn, "markdown"))
 
 
 def test_a_step_with_only_another_card_is_left_alone(flow: tuple[Path, str]) -> None:

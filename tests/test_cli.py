@@ -19,6 +19,7 @@ from matvlm.evaluate import evaluate
 from matvlm.init import convert_
 from matvlm.models import hybrid, locate, small
 from matvlm.models.folder import ModelFolderError
+from matvlm.profiling.tables import tables
 from matvlm.reporting import Reporter
 from matvlm.storage import StorageError
 from matvlm.tracking import Tracker
@@ -51,14 +52,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def cells(line: str) -> list[str]:
-    return line.replace("x ", "").split()
-
-
 def test_help_names_every_command_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-m", "matvlm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "targets", "distill", "convert", "sync", "watch", "evaluate", "profile"):
+    names = ("inspect", "targets", "distill", "convert", "sync", "watch", "evaluate", "profile", "chat", "demo")
+    for name in names:
         assert f"\n    {name} " in done.stdout
 
 
@@ -122,25 +120,27 @@ def test_distill_makes_what_is_missing_and_keeps_the_rest(elsewhere: Path, capsy
     assert "matvlm distill: 1 of 2 updates had to be skipped" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_profile_compares_with_the_first(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    specs = [str(models / "teacher"), str(models / "student")]
-    out = tmp_path / "profile.json"
-    assert main(["profile", *specs, "--contexts", "16", "1024", "--repeats", "1", "--out", str(out)]) == 0
-    rows = {(row[0], row[1]): row for row in map(cells, capsys.readouterr().out.splitlines()[1:5])}
-    assert set(rows) == {(label, context) for label in ("teacher", "student") for context in ("16", "1,024")}
-    points = {(p.label, p.context): p for p in ProfileResult.model_validate_json(out.read_text()).points}
-    for context, name in ((16, "16"), (1024, "1,024")):
-        teacher, student = points["teacher", context], points["student", context]
-        assert len(rows["teacher", name]) == 5
-        prefill, prefill_ratio, decode, decode_ratio, cache, cache_ratio = rows["student", name][2:]
-        assert (prefill, decode) == (
-            f"{student.prefill_seconds * 1000:,.1f}",
-            f"{student.decode_tokens_per_second:,.1f}",
-        )
-        assert cache == f"{student.cache_bytes / 2**20:,.2f}"
-        assert prefill_ratio == f"{teacher.prefill_seconds / student.prefill_seconds:.2f}"
-        assert decode_ratio == f"{student.decode_tokens_per_second / teacher.decode_tokens_per_second:.2f}"
-        assert cache_ratio == f"{student.cache_bytes / teacher.cache_bytes:.2f}"
+def test_profile_prints_what_it_writes(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specs, out = [str(models / "teacher"), str(models / "student")], tmp_path / "new" / "profile"
+    shape = ["--prompts", "16", "300", "--new-tokens", "2", "--batch-sizes", "2", "--repeats", "1"]
+    assert main(["profile", *specs, "--stacks", "engine", "hf", *shape, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = ProfileResult.model_validate_json((out / "profile.json").read_text())
+    assert [(p.label, p.stack, p.prompt, p.new_tokens, p.batch_size) for p in result.points] == [
+        (label, stack, prompt, 2, 2)
+        for label in ("teacher", "student")
+        for stack in ("engine", "hf")
+        for prompt in (16, 300)
+    ]
+    assert result.repeats == 1
+    rows = [line.split() for line in printed.splitlines()]
+    written = [line.strip("| ").split(" | ") for line in (out / "profile.md").read_text().splitlines()]
+    for table in tables(result):
+        for row in table.rows:
+            assert " ".join(row).split() in rows
+            assert " | ".join(row).strip("| ").split(" | ") in written
+    assert f"threads: {torch.get_num_threads()}" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["profile.csv", "profile.json", "profile.md", "profile.png"]
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders(
@@ -148,8 +148,8 @@ def test_models_of_one_name_are_told_apart_by_their_folders(
 ) -> None:
     (tmp_path / "teacher").symlink_to(models / "student")
     specs = [str(models / "teacher"), str(tmp_path / "teacher")]
-    assert main(["profile", *specs, "--contexts", "8", "--repeats", "1"]) == 0
-    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:3]] == specs
+    assert main(["profile", *specs, "--prompts", "8", "--repeats", "1"]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:6]] == [specs[0]] * 2 + [specs[1]] * 2
 
 
 def test_a_registered_checkpoint_is_found_by_its_version_and_sent_by_sync(
@@ -160,8 +160,8 @@ def test_a_registered_checkpoint_is_found_by_its_version_and_sent_by_sync(
     tracker.parent({}, {})
     assert tracker.register("matvlm", str(models / "student"), "student", {}) == "1"
     tracker.summary({"accuracy": 0.5})
-    assert main(["profile", "models:/matvlm/1", "--contexts", "8", "--repeats", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("matvlm/1 ")
+    assert main(["profile", "models:/matvlm/1", "--prompts", "8", "--repeats", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("matvlm/1 ")
     assert sorted(hybrid.mixers(matvlm.load("models:/matvlm/1")[0])) == [0, 2]
     assert main(["sync", str(root)]) == 0
     assert capsys.readouterr().out == "0 events sent\n"
@@ -226,6 +226,13 @@ def test_convert_writes_a_folder_that_inspect_and_load_open(
         (["profile", "ftp://host/model"], "neither a local path nor s3://"),
         (["profile", "nobody/nothing"], "nobody/nothing: no such local folder, and the hub does not give"),
         (["profile", "{models}/student", "{models}/student"], "every checkpoint needs a label of its own"),
+        (["profile", "x", "--prompts", "8", "0"], "options: prompts.1: Input should be greater than 0 (got 0)"),
+        (["profile", "x", "--new-tokens", "1"], "options: new_tokens.0: Input should be greater than or equal to 2"),
+        (["profile", "x", "--batch-sizes", "1", "1"], "options: batch_sizes: every value once, got [1, 1]"),
+        (
+            ["profile", "x", "--protocol", "paper", "--prompts", "8"],
+            "protocol paper sets prompts to [769]: leave",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_message(

@@ -92,6 +92,16 @@ BAD = {
     "llava without path": ("data: {source: llava}", "data", "needs path"),
     "easyvqa with path": ("data: {path: a.json}", "data", "remove path"),
     "half precision alone": ("teacher: {dtype: bfloat16}", "recipe", "bfloat16 needs distill.autocast: bfloat16"),
+    "other lengths than the protocol's": (
+        "profile: {protocol: paper, prompts: [1]}",
+        "profile",
+        "protocol paper sets prompts to [769]: leave prompts out",
+    ),
+    "unknown protocol": ("profile: {protocol: papers}", "profile.protocol", "got 'papers'"),
+    "unknown stack": ("profile: {stacks: [vllm]}", "profile.stacks.0", "got 'vllm'"),
+    "the same twice": ("profile: {prompts: [64, 8, 64]}", "profile.prompts", "every value once, got [64, 8, 64]"),
+    "nothing to decode": ("profile: {new_tokens: [1]}", "profile.new_tokens.0", "got 1"),
+    "no prompt": ("profile: {prompts: []}", "profile.prompts", "got []"),
     "model name": ("tracking: {model_name: a/b}", "tracking.model_name", "got 'a/b'"),
     "section is a list": ("distill: [1]", "distill", "got [1]"),
 }
@@ -138,6 +148,14 @@ def test_overrides_in_one_text_are_split_where_a_new_one_starts():
     expected = ["distill.optimizer.lr=1e-4", "hybrid.layers=[0, 3]", "description=two words", "data.max_turns=null"]
     assert split_overrides(text) == expected
     assert split_overrides("  ") == []
+
+
+def test_a_protocol_gives_lengths_and_batch_size():
+    profile = parse_recipe(MINIMAL, overrides=["profile={protocol: paper, repeats: 2}"]).profile
+    assert (profile.prompts, profile.batch_sizes, profile.repeats) == ([769], [1], 2)
+    assert profile.new_tokens == [1024, 2048, 4096, 8192, 16384, 32768]
+    assert profile.lengths[-1] == 769 + 32768
+    assert type(profile).model_validate(profile.model_dump(mode="json")) == profile
 
 
 def test_later_override_wins():

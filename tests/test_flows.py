@@ -48,7 +48,7 @@ TRACKED = {
     "evaluate[student]": {"easyvqa/accuracy", "questions_per_second"},
     "evaluate[student, untrained]": {"easyvqa/accuracy", "questions_per_second"},
     "compare": {"accuracy/student"},
-    "profile": {"profile/student/decode_tokens_per_second", "profile/teacher/cache_bytes"},
+    "profile": {"profile/student/engine/decode_tokens_per_second", "profile/teacher/hf/cache_bytes"},
 }
 """Step -> metrics it must have in MLflow; '' is the parent run."""
 
@@ -85,8 +85,8 @@ def test_every_step_finishes_and_says_what_came_out(finished: tuple[Any, Path]) 
     assert all(task.successful for step in answer.run for task in step)
     for row in (
         f"| student | aligned | 6 | {accuracy_of(folder, 'student'):.2%} |",
-        "| teacher | 64 |",
-        "| student | 64 |",
+        "| teacher | engine | 64 |",
+        "| student | hf | 64 |",
     ):
         assert row in answer.stdout
     for line in (
@@ -142,7 +142,7 @@ def test_reports_are_kept_in_mlflow(store: Store, runs: dict[str, Any]) -> None:
             *("report/accuracy.md", "report/accuracy.png", "report/answers.html"),
             *("report/scores.md", "report/scores.json", "report/regressions.html"),
         },
-        "profile": {"report/profile.md", "report/profile.json", "report/profile.png"},
+        "profile": {f"report/profile.{ending}" for ending in ("md", "json", "csv", "png")},
         "distill[aligned]": {"plots/loss_curves.png"},
         "evaluate[student]": {"evaluation/results.json", "evaluation/samples.jsonl"},
     }
@@ -219,7 +219,7 @@ def test_a_registered_student_is_evaluated_by_the_watcher_with_the_same_result(
     output = log.read_text()
     assert f"{student}, 40 questions" in output
     assert f"easyvqa/accuracy: {accuracy_of(folder, 'student'):.4f}" in output
-    assert "| student | 64 |" in output
+    assert "| student | engine | 64 |" in output
     for who in ("teacher", "student"):
         assert f"pope failed for the {who}: nowhere: no such folder" in output
     again = store.runs(place.name)
@@ -238,6 +238,24 @@ def test_a_registered_student_is_evaluated_by_the_watcher_with_the_same_result(
     assert version.tags["gate.champion"] == "it is the champion already"
     assert again["gate"].data.metrics["teacher_mean"] == pytest.approx(100 * accuracy_of(folder, "teacher"))
     assert version.tags["watch.debug"].startswith("done, ")
+
+
+def test_speed_and_memory_are_measured_without_training(folder: Path, store: Store, tmp_path: Path) -> None:
+    """Of a registered student and of the same one's folder, beside the teacher."""
+    student = run_folder(folder) / "distill" / "aligned" / "model"
+    words = (*WITH_DEBUG, "run", "--checkpoints", f"models:/matvlm/1 {student}", "--set", "profile.prompts=[16]")
+    code, output = run_flow(folder, *words, flow="profile_flow.py", MATVLM_RUNS=str(tmp_path))
+    assert code == 0, output
+    for label in ("teacher", "matvlm/1", "model"):
+        for stack in ("engine", "hf"):
+            assert f"| {label} | {stack} | 16 |" in output
+    (place,) = tmp_path.glob("debug-*")
+    runs = store.runs(place.name)
+    assert {step: run.info.status for step, run in runs.items()} == {"": "FINISHED", "profile": "FINISHED"}
+    metrics = runs["profile"].data.metrics
+    same = [metrics[f"profile/{label}/hf/cache_bytes"] for label in ("matvlm/1", "model", "teacher")]
+    assert same[0] == same[1] != same[2]
+    assert "report/profile.csv" in store.artifacts(runs["profile"], "report")
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_profile import point, result
 
 from matvlm import plots
-from matvlm.artifacts import ProfilePoint, ProfileResult
 
 
 def pixels_of(path, colour):
@@ -19,15 +19,6 @@ def pixels_of(path, colour):
 def series_in(path):
     """The numbers of the palette's colours that the picture shows."""
     return [number for number, colour in enumerate(plots.COLOURS) if pixels_of(path, colour).sum() > 20]
-
-
-def point(label, context, **values):
-    measured = {"prefill_seconds": 0.1, "decode_tokens_per_second": 50.0, "cache_bytes": 2**20} | values
-    return ProfilePoint(label=label, context=context, batch_size=1, **measured)
-
-
-def result(*points):
-    return ProfileResult(points=list(points), machine={"cpu": "test", "threads": "1"}, repeats=3, new_tokens=4)
 
 
 def test_loss_curves_show_each_loss_and_follow_its_values(tmp_path):
@@ -48,17 +39,52 @@ def test_loss_curves_take_losses_that_are_zero_or_missing_at_times(tmp_path):
 
 def test_speed_memory_has_every_model_in_each_panel(tmp_path):
     points = [
-        point(label, context, cache_bytes=context * size)
+        point(label, prompt=prompt, kv=prompt * size, decode=[1e8 / (prompt * size)], first=[prompt * size * 1e-7])
         for label, size in (("teacher", 4096), ("student", 3072), ("random", 2048))
-        for context in (256, 1024, 2048)
+        for prompt in (256, 1024, 2048)
     ]
-    points = [p.model_copy(update={"prefill_seconds": p.cache_bytes * 1e-7}) for p in points]
-    points = [p.model_copy(update={"decode_tokens_per_second": 1e8 / p.cache_bytes}) for p in points]
     plots.speed_memory(result(*points), tmp_path / "deep" / "profile.png")
     for colour in plots.COLOURS[:3]:
         panels = np.array_split(pixels_of(tmp_path / "deep" / "profile.png", colour), 3, axis=1)
         assert all(panel.sum() > 20 for panel in panels)
     assert 3 not in series_in(tmp_path / "deep" / "profile.png")
+
+
+def test_what_was_out_of_memory_is_written_where_it_would_be(tmp_path):
+    colour = plots.COLOURS[1]
+
+    def draw(missing):
+        points = [point(prompt=prompt) for prompt in (256, 1024)]
+        for prompt in (256, 1024):  # the student's line is high up, over the teacher's
+            points.append(point("student", prompt=prompt, decode=[900.0], out_of_memory=prompt in missing))
+        plots.speed_memory(result(*points), tmp_path / "profile.png")
+        first = np.array_split(pixels_of(tmp_path / "profile.png", colour), 3, axis=1)[0]
+        return np.array_split(first[len(first) * 3 // 4 :], 2, axis=1)  # the lower quarter, left and right
+
+    nothing, left, right = draw([]), draw([256]), draw([1024])
+    assert [half.sum() for half in nothing] == [0, 0]
+    assert left[0].sum() > 5 > left[1].sum()
+    assert right[1].sum() > 5 > right[0].sum()
+    draw([256, 1024])
+
+
+def test_a_line_is_of_all_points_that_differ_in_length_only():
+    both = result(*(point(label, stack, n) for label in "ab" for stack in ("engine", "hf") for n in (128, 64)))
+    lines = plots.series(both)
+    assert list(lines) == ["a, engine", "a, hf", "b, engine", "b, hf"]
+    assert [p.prompt for p in lines["b, hf"]] == [64, 128]
+    answers = result(*(point(new_tokens=n, batch_size=batch) for n in (16, 8) for batch in (1, 4)))
+    assert list(plots.series(answers)) == ["teacher, engine, batch 1", "teacher, engine, batch 4"]
+    assert [plots.length(answers, p) for p in answers.points] == [16, 16, 8, 8]
+    all_vary = result(*(point(prompt=prompt, new_tokens=new) for prompt in (64, 128) for new in (8, 16)))
+    assert list(plots.series(all_vary)) == ["teacher, engine, 8 new", "teacher, engine, 16 new"]
+
+
+def test_memory_is_the_peak_where_it_is_known():
+    title, unit, value = plots.profile_panels(result(point(kv=2**20 - 2**10)))[1]
+    assert (title, unit, value(point(kv=2**20 - 2**10).measured)) == ("Cache (KV and recurrent state)", "MiB", 1.0)
+    title, unit, value = plots.profile_panels(result(point(peak=3 * 2**30)))[1]
+    assert (title, unit, value(point(peak=3 * 2**30).measured)) == ("Peak memory", "GiB", 3.0)
 
 
 def test_accuracy_bars_are_as_long_as_the_accuracies(tmp_path):

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tiny_profile import point
+from tiny_profile import result as result_of
 
-from matvlm.artifacts import Checkpoint, EvalResult, ProfilePoint, ProfileResult, TaskScore
+from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult, TaskScore
 from matvlm.evaluate import ComparedSample, ScoreRow
+from matvlm.profiling.tables import as_csv
 from matvlm.report import (
     accuracy_table,
     common_task,
@@ -71,29 +74,15 @@ SAMPLE = ComparedSample(
 )
 
 
-def point(label: str, context: int, prefill: list[float], decode: list[float], cache: int) -> ProfilePoint:
-    return ProfilePoint(
-        label=label,
-        context=context,
-        batch_size=1,
-        prefill_seconds=sorted(prefill)[1],
-        decode_tokens_per_second=sorted(decode)[1],
-        cache_bytes=cache,
-        prefill_seconds_each=prefill,
-        decode_tokens_per_second_each=decode,
-    )
-
-
-PROFILE = ProfileResult(
-    points=[
-        point("teacher", 1024, [0.4, 0.4, 0.4], [50.0, 50.0, 50.0], 4096),
-        point("teacher", 64, [0.1, 0.1, 0.1], [80.0, 80.0, 80.0], 1024),
-        point("student", 1024, [0.2, 0.2, 0.2], [75.0, 75.0, 75.0], 3072),
-        point("student", 64, [0.2, 0.2, 0.2], [40.0, 40.0, 40.0], 2048),
-    ],
-    machine={"cpu": "test", "threads": "1"},
-    repeats=3,
-    new_tokens=4,
+PROFILE = result_of(
+    point("teacher", prompt=1024, prefill=[0.4] * 3, kv=4095 * 1024),
+    point("teacher", prompt=64, prefill=[0.1] * 3, decode=[80.0] * 3, kv=1023 * 1024),
+    point("teacher", "hf", prompt=1024, decode=[25.0] * 3),
+    point("teacher", "hf", prompt=64, decode=[20.0] * 3),
+    point("student", prompt=1024, prefill=[0.2] * 3, decode=[75.0] * 3, kv=3071 * 1024),
+    point("student", prompt=64, prefill=[0.2] * 3, decode=[40.0] * 3, kv=2047 * 1024),
+    point("student", "hf", prompt=1024, decode=[30.0] * 3),
+    point("student", "hf", prompt=64, decode=[8.0] * 3),
 )
 
 
@@ -169,15 +158,19 @@ def test_tables_as_markdown() -> None:
         "| student | aligned | 120 | 78.00% | 97.50% | 2,000 |",
         "| student, untrained | aligned | 0 | 20.00% | 25.00% | 500 |",
     ]
-    speed = profile_table(PROFILE).splitlines()
-    assert speed[2:] == [
-        "| teacher | 1,024 | 0.4000 | 50.0 | 4 | 1 | 1 | 1 |",
-        "| teacher | 64 | 0.1000 | 80.0 | 1 | 1 | 1 | 1 |",
-        "| student | 1,024 | 0.2000 | 75.0 | 3 | 2.00 | 1.50 | 0.75 |",
-        "| student | 64 | 0.2000 | 40.0 | 2 | 0.50 | 0.50 | 2.00 |",
-    ]
-    for table in (accuracy, speed):
+    assert len({line.count("|") for line in accuracy}) == 1, "as many cells in each line"
+
+
+def test_the_profile_as_markdown() -> None:
+    text = profile_table(PROFILE)
+    assert "| teacher | engine | 1,024 | 400 (400 to 400) | 200 (200 to 200) | 50 (50 to 50) | 1,000 | 5% |" in text
+    assert "| student | 1,024 | hf | 1.00 x | 2.50 x | 2.00 x | 1.50 x | 1.00 x | 0.75 x |" in text
+    assert "| student | 64 | hf | 1.00 x | 5.00 x | 0.50 x | 0.50 x | 1.00 x | 2.00 x |" in text
+    for title, lines in (("Speed", 10), ("Gains", 6), ("Memory", 10)):
+        table = text.partition(f"{title}:\n\n")[2].partition("\n\n")[0].splitlines()
+        assert len(table) == lines
         assert len({line.count("|") for line in table}) == 1, "as many cells in each line"
+    assert text.splitlines()[-1].startswith("batch 1, 4 new tokens, medians (lowest to highest)")
 
 
 def test_the_headline_is_the_student_at_the_longest_context() -> None:
@@ -190,8 +183,21 @@ def test_the_headline_is_the_student_at_the_longest_context() -> None:
             "decode_speed_ratio": 1.5,
             "prefill_speed_ratio": 2.0,
             "cache_ratio": 0.75,
+            "stack_speed_ratio": 2.5,
         }
     )
+
+
+def test_the_headline_takes_the_longest_place_that_there_is_memory_for() -> None:
+    points = [
+        point("teacher", prompt=64, decode=[40.0] * 3),
+        point("teacher", prompt=1024, out_of_memory=True),
+        point("student", prompt=64, decode=[60.0] * 3),
+        point("student", prompt=1024),
+    ]
+    assert headline(rows(CHECKPOINTS, RESULTS, "easyvqa"), result_of(*points))["decode_speed_ratio"] == 1.5
+    nothing = [p.model_copy(update={"measured": None}) for p in points]
+    assert "decode_speed_ratio" not in headline(rows(CHECKPOINTS, RESULTS, "easyvqa"), result_of(*nothing))
 
 
 def test_the_gallery_shows_pictures_and_both_answers_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -213,7 +219,8 @@ def test_reports_are_written_and_kept_with_the_run(tmp_path: Path) -> None:
     table = rows(CHECKPOINTS, RESULTS, "easyvqa")
     write_accuracy(table, [SAMPLE], tmp_path / "new" / "report", kept)
     write_profile(PROFILE, tmp_path / "new" / "report", kept)
-    names = ["accuracy.md", "accuracy.png", "answers.html", "profile.md", "profile.json", "profile.png"]
+    names = ["accuracy.md", "accuracy.png", "answers.html", "profile.md", "profile.json", "profile.csv"]
+    names.append("profile.png")
     assert kept.files == [("report", name) for name in names]
     assert kept.values == {
         "accuracy/teacher": 0.8,
@@ -223,6 +230,7 @@ def test_reports_are_written_and_kept_with_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     assert (folder / "accuracy.md").read_text() == accuracy_table(table)
     assert (folder / "profile.md").read_text() == profile_table(PROFILE)
+    assert (folder / "profile.csv").read_text() == as_csv(PROFILE)
     assert ProfileResult.model_validate(json.loads((folder / "profile.json").read_text())) == PROFILE
 
 

@@ -18,7 +18,7 @@ from matvlm.storage import read_json
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS = {"evaluate.samples_shown": "3", "tracking.model_name": "other", "profile.contexts": "[16, 32]"}
+SETTINGS = {"evaluate.samples_shown": "3", "tracking.model_name": "other", "profile.prompts": "[16, 32]"}
 """Overrides; none of them changes what is trained."""
 
 

@@ -72,8 +72,8 @@ def describe(recipe: Recipe) -> str:
         parts += [
             heading("Layers", _layers(recipe, model)),
             heading("Parameters", parameter_table(model.hybrid, model.trained.values(), model.teacher_parameters)),
-            heading("Decoding state (batch 1)", state_table(model.costs, recipe.profile.contexts)),
-            heading("Bytes of a decode step (batch 1)", decode_table(model.costs, recipe.profile.contexts)),
+            heading("Decoding state (batch 1)", state_table(model.costs, recipe.profile.lengths)),
+            heading("Bytes of a decode step (batch 1)", decode_table(model.costs, recipe.profile.lengths)),
             heading("Memory of distillation, per device", _memory(recipe, model)),
         ]
     samples, turns = count_samples(recipe.data)

@@ -2,7 +2,7 @@
 
 from matvlm.tracking.delivery import sync
 from matvlm.tracking.environment import environment, flatten
-from matvlm.tracking.registry import resolve_checkpoint
+from matvlm.tracking.registry import name_checkpoints, resolve_checkpoint
 from matvlm.tracking.store import TrackingError, tracking_uri
 from matvlm.tracking.tracker import StepRun, Tracker
 
@@ -12,6 +12,7 @@ __all__ = [
     "TrackingError",
     "environment",
     "flatten",
+    "name_checkpoints",
     "resolve_checkpoint",
     "sync",
     "tracking_uri",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from matvlm.artifacts import Checkpoint
 from matvlm.tracking.delivery import SYNC_SECONDS
 from matvlm.tracking.store import CHECKPOINT_TAG, TrackingError, open_client, patience, public_uri, tracking_uri
 
@@ -16,6 +18,21 @@ class Version(NamedTuple):
     name: str
     number: str
     checkpoint_uri: str
+
+
+def name_checkpoints(specs: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints, labelled by the last part of their names, or by the whole names where these are alike.
+
+    Raises:
+        TrackingError: as ``find_version`` does.
+    """
+    labels = [_label(spec) for spec in specs]
+    labels = labels if len(set(labels)) == len(labels) else list(specs)
+    return [Checkpoint(uri=resolve_checkpoint(spec), label=label) for spec, label in zip(specs, labels, strict=True)]
+
+
+def _label(spec: str) -> str:
+    return spec.removeprefix(SCHEME) if spec.startswith(SCHEME) else spec.rstrip("/").rpartition("/")[2]
 
 
 def resolve_checkpoint(spec: str, uri: str | None = None) -> str:
