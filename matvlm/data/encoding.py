@@ -147,6 +147,31 @@ class Encoder:
         """The text that asks ``question`` about an image, ready for the processor and for generation."""
         return self._render([_user(question, with_image=True)], generate=True)
 
+    def ask(self, image: Image.Image, question: str, turns: Sequence[Turn] = ()) -> dict[str, Tensor]:
+        """The processor's inputs [1, L] to answer ``question`` after ``turns`` about ``image``; of any length.
+
+        Token by token what stands before that answer in training.
+
+        Raises:
+            ValueError: the question holds the token that stands for an image.
+            TemplateError: the chat template rewrites earlier turns when later ones are added.
+        """
+        mark = getattr(self.processor, "image_token", None)
+        if mark and mark in question:
+            raise ValueError(f"the question holds {mark}, which stands for the image itself: leave it out")
+        first_prompt, segments = self._segments((*turns, Turn(question, "")))
+        inputs = self.processor(text=[first_prompt], images=[image], return_tensors="pt", add_special_tokens=False)
+        *before, (prompt, _) = segments
+        later = torch.tensor([[token for said, answer in before for token in said + answer] + prompt], dtype=torch.long)
+        shape = inputs["input_ids"].shape
+        added = {"input_ids": later, "attention_mask": torch.ones_like(later)}
+        return {  # whatever else there is per token counts text as 0
+            name: torch.cat([value, added.get(name, torch.zeros_like(later)).to(value)], 1)
+            if value.shape == shape
+            else value
+            for name, value in inputs.items()
+        }
+
     def encode(self, id: str, image: Image.Image, turns: Sequence[Turn]) -> Sample:
         """One training sample. Turns that do not fit into ``max_length`` tokens are dropped, last ones first.
 

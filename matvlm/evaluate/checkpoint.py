@@ -25,7 +25,7 @@ def open_checkpoint(uri: str, device: str, dtype: torch.dtype | None = None) -> 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise EvaluationError(f"{uri}: cannot open this checkpoint: {error}") from error
     if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
-        raise EvaluationError(f"{uri}: needs an image processor and a chat template to be evaluated")
+        raise EvaluationError(f"{uri}: needs an image processor and a chat template to answer questions")
     return model, processor
 
 

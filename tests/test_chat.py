@@ -1,0 +1,239 @@
+"""Talking in the terminal: a model is asked as it was trained, and the program outlives every mistake."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_chat
+import torch
+from PIL import Image
+from tiny_chat import QUESTION
+from tiny_teacher import TINY, WORDS
+from transformers import LlavaProcessor
+
+import matvlm
+from matvlm.chat.speaker import Speaker, open_image, teacher_of
+from matvlm.chat.terminal import Conversation
+from matvlm.cli import main
+from matvlm.data.encoding import Encoder, Turn
+from matvlm.generation import Sampling
+from matvlm.models import small
+
+ROOT = Path(__file__).resolve().parents[1]
+TURNS = [Turn(QUESTION, "a circle"), Turn("is there a red circle", "no"), Turn("what color", "")]
+FIGURES = re.compile(r"\[(\d+) tokens, first after [\d,]+ ms, then [\d,.]+ tokens/s(, stopped)?\]")
+LINE_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_chat.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker(folder: Path) -> Speaker:
+    return Speaker(str(folder / "student"), "cpu")
+
+
+class Typed(LlavaProcessor):
+    """Also says of each token whether it is the image's, as some families' processors do unasked."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs, return_mm_token_type_ids=True)
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["plain", "token types"])
+@pytest.mark.parametrize("count", range(len(TURNS) + 1))
+def test_a_question_is_what_the_processor_makes_of_the_whole_conversation(count: int, typed: bool) -> None:
+    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
+    processor.__class__ = Typed if typed else LlavaProcessor
+    asked = Encoder(processor).ask(tiny_chat.picture(), QUESTION, TURNS[:count])
+    expected = tiny_chat.prompt(processor, QUESTION, TURNS[:count])
+    assert asked.keys() == expected.keys()
+    assert ("mm_token_type_ids" in asked) is typed
+    for name, value in expected.items():
+        assert torch.equal(asked[name], value), name
+
+
+def test_a_question_is_what_stands_before_its_answer_in_training() -> None:
+    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
+    encoder = Encoder(processor)
+    picture, turns = tiny_chat.picture(), TURNS[:2]
+    trained = encoder.encode("one", picture, turns).input_ids
+    answers = [len(encoder.tokenizer(turn.answer)["input_ids"]) + 1 for turn in turns]
+    asked = encoder.ask(picture, turns[1].question, turns[:1])["input_ids"][0]
+    assert torch.equal(asked, trained[: len(trained) - answers[1]])
+    first = encoder.ask(picture, turns[0].question)["input_ids"][0]
+    assert torch.equal(first, trained[: len(first)])
+    assert torch.equal(Encoder(processor, max_length=8).ask(picture, turns[0].question)["input_ids"][0], first)
+
+
+def test_the_answers_of_a_conversation_are_those_of_generate(
+    folder: Path, speaker: Speaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = matvlm.load(str(folder / "student"))
+    conversation, turns = Conversation(speaker, open_image(str(folder / "picture.png")), Sampling(max_new_tokens=7)), []
+    for question in (QUESTION, "is there a circle", "no"):
+        conversation.obey(f"  {question} ")
+        expected = tiny_chat.answer(model, processor, question, turns, 7)
+        printed = capsys.readouterr()
+        assert printed.out == f"{expected}\n"
+        found = FIGURES.fullmatch(printed.err.splitlines()[-1])
+        assert found
+        assert int(found[1]) == 7
+        turns.append(Turn(question, expected))
+    assert conversation.turns == turns
+    conversation.obey("/reset")
+    conversation.obey("")
+    assert conversation.turns == []
+    conversation.obey(QUESTION)
+    assert conversation.turns == turns[:1]
+
+
+def test_another_image_is_another_conversation(folder: Path, speaker: Speaker, tmp_path: Path) -> None:
+    conversation = Conversation(speaker, tiny_chat.picture(), Sampling(max_new_tokens=3))
+    conversation.obey(QUESTION)
+    before = conversation.turns
+    Image.new("L", (9, 5), 255).save(tmp_path / "two words.png")
+    for line in ("/image nowhere.png", f"/image {folder / 'student' / 'config.json'}", "/imag"):
+        with pytest.raises((ValueError, OSError)):
+            conversation.obey(line)
+    assert (conversation.turns, conversation.image.size) == (before, (16, 16))
+    conversation.obey(f"/image {tmp_path / 'two words.png'}")
+    assert (conversation.turns, conversation.image.size, conversation.image.mode) == ([], (9, 5), "RGB")
+
+
+def test_draws_repeat_with_the_seed_and_differ_within_a_conversation(speaker: Speaker) -> None:
+    def talk(seed: int) -> list[str]:
+        sampling = Sampling(max_new_tokens=12, temperature=5.0, seed=seed)
+        conversation = Conversation(speaker, tiny_chat.picture(), sampling)
+        answers = []
+        for _ in range(3):
+            conversation.obey(QUESTION)
+            answers.append(conversation.turns[-1].answer)
+            conversation.obey("/reset")
+        return answers
+
+    first = talk(1)
+    assert first == talk(1)
+    assert len({*first, *talk(10)}) == 6
+    assert talk(2)[:2] == first[1:]
+
+
+class Terminal:
+    """The real command in a real terminal."""
+
+    def __init__(self, *arguments: str):
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            os.execvpe(sys.executable, [sys.executable, "-m", "matvlm", *arguments], os.environ | {"TERM": "dumb"})
+        self.shown = ""
+
+    def see(self, pattern: str) -> str:
+        """Wait for ``pattern``; what was shown up to its end, and is then forgotten."""
+        deadline = time.monotonic() + LINE_SECONDS
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < deadline, self.shown[-500:]
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.shown += os.read(self.master, 4096).decode()
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def end(self) -> int:
+        """Read on to the end; the exit status."""
+        with suppress(OSError):  # when the other side has closed
+            while os.read(self.master, 4096):
+                pass
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.master)
+
+
+def test_the_terminal_stops_answers_and_goes_on(folder: Path) -> None:
+    arguments = ["--image", str(folder / "picture.png"), "--max-new-tokens", "7000"]
+    terminal = Terminal("chat", str(folder / "student"), *arguments)
+    try:
+        assert "Mamba-2 in 1 of 2 layers" in terminal.see("> ")
+        terminal.type("what\x03")
+        terminal.see("> ")
+        terminal.type(f"{QUESTION}\n")
+        terminal.see(r"\n.{60}")
+        terminal.type("\x03")
+        found = re.search(FIGURES, terminal.see(r"tokens/s.*\]"))
+        assert found
+        assert found[2]
+        assert 3 < int(found[1]) < 7000
+        terminal.see("> ")
+        terminal.type("/image nowhere.png\n")
+        terminal.see("nowhere.png: cannot read: No such file")
+        terminal.see("> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+
+
+def test_one_prompt_can_be_scripted(folder: Path) -> None:
+    command = [sys.executable, "-m", "matvlm", "chat", str(folder / "student"), "--image", str(folder / "picture.png")]
+    command += ["--prompt", QUESTION, "--max-new-tokens", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    expected = tiny_chat.answer(*matvlm.load(str(folder / "student")), QUESTION, [], 5)
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+    assert FIGURES.fullmatch(done.stderr.strip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/student", "--image", "nowhere.png"], "nowhere.png: cannot read: No such file or directory"),
+        (["{folder}/student", "--image", "{folder}"], "cannot read: Is a directory"),
+        (["{folder}/student", "--image", "{folder}/student/config.json"], "config.json: no image, or a damaged one: "),
+        (["./nowhere"], "./nowhere: no such file or folder"),
+        (["package://nothing"], "matvlm ships no model 'nothing'"),
+        (["{folder}/mute"], "mute: needs an image processor and a chat template to answer questions"),
+        (["{folder}/student", "--temperature", "-1"], "temperature -1.0: 0 for the most probable token"),
+        (["{folder}/student", "--max-new-tokens", "0"], "max_new_tokens 0: at least 1"),
+        (["{folder}/student", "--prompt", "is <image> red"], "the question holds <image>, which stands for the image"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_message(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if not (folder / "mute").exists():
+        shutil.copytree(folder / "student", folder / "mute")
+        (folder / "mute" / "chat_template.jinja").unlink()
+    words = ["--image", "{folder}/picture.png", "--prompt", "what", *arguments]
+    assert main(["chat", *(word.format(folder=folder) for word in words)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("matvlm chat: ")
+    assert message in last
+
+
+def test_a_model_says_what_teacher_it_had(folder: Path) -> None:
+    assert teacher_of(str(folder / "student")) == str(folder / "teacher")
+    assert teacher_of(str(folder / "teacher")) is None
+    assert teacher_of("package://easyvqa-teacher") is None
