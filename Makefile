@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 # Metaflow refuses to run as root without a name, and looks for earlier runs under this one.
 export METAFLOW_USER := $(or $(METAFLOW_USER),$(filter-out root,$(USER)),$(filter-out root,$(shell id -un)),matvlm)
 
-.PHONY: help install train test test-slow lint format ui gpu clean
+.PHONY: help install train test test-slow lint format up down ui gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,8 +53,14 @@ format: $(STAMP) ## let ruff fix and format the code
 	ruff check --fix .
 	ruff format .
 
-ui: $(STAMP) ## the MLflow pages at http://127.0.0.1:5000 (PORT=5000)
-	mlflow ui --host 127.0.0.1 --port $(PORT)
+up: $(STAMP) ## MLflow's server with Postgres and an S3 store, for work without a cluster (PORT=5000)
+	@python infra/stack.py up --port $(PORT)
+
+down: $(STAMP) ## stop what `make up` started and delete what it kept
+	@python infra/stack.py down
+
+ui: $(STAMP) ## the MLflow pages: where `make up` has them, or http://127.0.0.1:5000 (PORT=5000)
+	@python infra/stack.py url || mlflow ui --host 127.0.0.1 --port $(PORT)
 
 gpu: $(STAMP) ## add the CUDA kernels (needs a GPU build of torch and nvcc; compiles for minutes)
 	MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
