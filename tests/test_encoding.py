@@ -223,3 +223,29 @@ def test_speakers_and_marks_are_single_tokens(teacher: Teacher) -> None:
     tokenizer = teacher.processor.tokenizer
     for mark in (*SPEAKERS, "<image>", "<eos>"):
         assert tokenizer(mark, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(mark)]
+
+
+class Telling:
+    """A processor that says of each token whether it is the image's, as those of Qwen2-VL and Gemma 3 do."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        made = self.processor(**inputs)
+        made["mm_token_type_ids"] = (made["input_ids"] == self.processor.image_token_id).long()
+        return made
+
+
+def test_what_is_said_of_each_token_is_said_of_every_token(teacher: Teacher) -> None:
+    encoder = Encoder(Telling(teacher.processor))
+    samples = [encoder.encode(f"{count}", IMAGE, TURNS[:count]) for count in (3, 1)]
+    batch = encoder.collate(samples)
+    expected = (batch.inputs["input_ids"] == teacher.processor.image_token_id).long()
+    assert torch.equal(batch.inputs["mm_token_type_ids"], expected)
+    assert expected.sum() == 2 * IMAGE_TOKENS
+    asked = encoder.ask(IMAGE, "what color", TURNS[:2])
+    assert torch.equal(asked["mm_token_type_ids"], (asked["input_ids"] == teacher.processor.image_token_id).long())

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,12 +43,20 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded conversation: ``input_ids`` and ``labels`` int64 [L], ``image_inputs`` as the processor has them."""
+    """One encoded conversation: ``input_ids`` and ``labels`` int64 [L], ``image_inputs`` as the processor has them.
+
+    Among these may be what it says of each token, [1, L], as of which kind it is.
+    """
 
     id: str
     input_ids: Tensor
     labels: Tensor
     image_inputs: dict[str, Tensor]
+
+    def image_input(self, name: str, length: int) -> Tensor:
+        """The one of this ``name``, of ``length`` tokens if it is about tokens."""
+        value = self.image_inputs[name]
+        return _longer(value, length) if value.shape == (1, len(self.input_ids)) else value
 
 
 @dataclass(frozen=True)
@@ -165,12 +174,9 @@ class Encoder:
         later = torch.tensor([[token for said, answer in before for token in said + answer] + prompt], dtype=torch.long)
         shape = inputs["input_ids"].shape
         added = {"input_ids": later, "attention_mask": torch.ones_like(later)}
-        return {  # whatever else there is per token counts text as 0
-            name: torch.cat([value, added.get(name, torch.zeros_like(later)).to(value)], 1)
-            if value.shape == shape
-            else value
-            for name, value in inputs.items()
-        }
+        length = shape[1] + later.shape[1]
+        asked = {name: _longer(value, length) if value.shape == shape else value for name, value in inputs.items()}
+        return asked | {name: torch.cat([inputs[name], tokens], dim=1) for name, tokens in added.items()}
 
     def encode(self, id: str, image: Image.Image, turns: Sequence[Turn]) -> Sample:
         """One training sample. Turns that do not fit into ``max_length`` tokens are dropped, last ones first.
@@ -181,7 +187,8 @@ class Encoder:
         """
         first_prompt, segments = self._segments(tuple(turns))
         encoded = self.processor(text=[first_prompt], images=[image], return_tensors="pt", add_special_tokens=False)
-        ids = encoded.pop("input_ids")[0].tolist()
+        first = encoded.pop("input_ids")
+        ids = first[0].tolist()
         encoded.pop("attention_mask", None)
         labels = [IGNORE] * len(ids)
         for number, (prompt, answer) in enumerate(segments):
@@ -191,7 +198,10 @@ class Encoder:
                 break
             ids += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
-        return Sample(id, torch.tensor(ids), torch.tensor(labels), dict(encoded))
+        images = {
+            name: _longer(value, len(ids)) if value.shape == first.shape else value for name, value in encoded.items()
+        }
+        return Sample(id, torch.tensor(ids), torch.tensor(labels), images)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-pad ``samples`` to the longest and stack their image inputs."""
@@ -199,7 +209,9 @@ class Encoder:
         labels = pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE)
         lengths = torch.tensor([len(s.input_ids) for s in samples])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-        images = {name: torch.cat([s.image_inputs[name] for s in samples]) for name in samples[0].image_inputs}
+        images = {
+            name: torch.cat([s.image_input(name, ids.shape[1]) for s in samples]) for name in samples[0].image_inputs
+        }
         inputs = {"input_ids": ids, "attention_mask": mask, **images}
         return Batch([s.id for s in samples], inputs, labels, self._chosen(ids, mask.bool()))
 
@@ -240,6 +252,11 @@ class Encoder:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _longer(per_token: Tensor, length: int) -> Tensor:
+    """What a processor says of each token, [1, L], for ``length`` tokens: it counts text as 0."""
+    return F.pad(per_token, (0, length - per_token.shape[1]))
 
 
 def _user(question: str, with_image: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from matvlm.generation.sampling import Sampling, choose
 from matvlm.generation.session import Session
 from matvlm.generation.text import StopStrings
 from matvlm.generation.trial import find_plan
+from matvlm.kernels import has_decode_kernels
 
 CHUNK = 4096
 """Tokens of a prompt that go through the decoder at a time: enough to keep a GPU busy, and what they need is small."""
@@ -33,7 +34,7 @@ class Engine:
         self.model, self.chunk = model.eval(), chunk
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.session: Session | None = None
-        self.plan = find_plan(self.model) if model.device.type == "cuda" else None
+        self.plan = find_plan(self.model) if has_decode_kernels(model.device.type) else None
 
     def open(self, batch: int, capacity: int) -> Session:
         """Room for ``batch`` sequences of ``capacity`` tokens each, prompt and answer together.

@@ -18,6 +18,8 @@ from matvlm.models.families import BIDIRECTIONAL
 if TYPE_CHECKING:
     from matvlm.generation.plan import Plan
 
+MOST_ROWS = 64
+"""Sequences that the kernels of a plan are made for; of more, the products are bound by arithmetic."""
 WARM_UP = 2
 """Steps before a step is recorded, in which kernels are compiled and memory is taken."""
 
@@ -40,7 +42,7 @@ class Session:
             [index in mixers for index in range(len(hybrid.decoder_layers(model)))], batch, capacity, device
         )
         self.fused: Callable[[Tensor, Tensor], Tensor] | None = None
-        if plan is not None:
+        if plan is not None and batch <= MOST_ROWS:
             from matvlm.generation.fused import Step
 
             self.fused = Step(model, plan, self.cache)

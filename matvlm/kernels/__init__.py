@@ -1,8 +1,9 @@
-"""The two operators of a Mamba-2 mixer, and which implementation of them runs.
+"""The operators of a Mamba-2 mixer and of a decoding step, and which implementation of them runs.
 
-``torch``: pure PyTorch, any device, the reference.  ``mamba_ssm``: the Triton kernels of the mamba-ssm package for the
-scan and, where it is installed too, causal-conv1d for the convolution; CUDA only, but for Triton's interpreter
-(``TRITON_INTERPRET=1``), which tests the scan's kernels on a CPU.
+A mixer's scan and convolution: ``torch``, pure PyTorch, any device, the reference.  ``mamba_ssm``: the Triton kernels
+of the mamba-ssm package for the scan and, where it is installed too, causal-conv1d for the convolution; CUDA only, but
+for Triton's interpreter (``TRITON_INTERPRET=1``), which tests kernels on a CPU. For a decoding step see
+``has_decode_kernels``.
 """
 
 from __future__ import annotations
@@ -78,5 +79,24 @@ def has_fused_conv() -> bool:
         load_function("causal_conv1d", "causal_conv1d_fn")
     except ImportError as error:
         log.warning("causal-conv1d cannot be imported (%s): the convolution before the scan runs in torch", error)
+        return False
+    return True
+
+
+@cache
+def has_decode_kernels(device_type: str) -> bool:
+    """Whether a decoding step takes the Triton kernels of ``matvlm.kernels.decode``; says so once if a GPU does not.
+
+    It does on a GPU, unless ``MATVLM_KERNELS`` is ``torch``. Elsewhere, and then, PyTorch computes the same.
+    """
+    if device_type != "cuda":
+        return False
+    if os.environ.get(VARIABLE) == "torch":
+        log.warning("Decoding without Triton's kernels, much slower, because %s is torch", VARIABLE)
+        return False
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        log.warning("Decoding without Triton's kernels, much slower: %s", error)
         return False
     return True

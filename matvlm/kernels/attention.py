@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matvlm.kernels import has_decode_kernels
+
 
 def decode_attention(
     query: Tensor,
@@ -33,7 +35,7 @@ def decode_attention(
     Returns:
         [B, H, P] in query's dtype.
     """
-    if query.is_cuda:
+    if has_decode_kernels(query.device.type):
         from matvlm.kernels.decode import attention as triton_attention
 
         batch, heads, width = query.shape
@@ -43,12 +45,13 @@ def decode_attention(
             query.flatten(1), keys, values, first, end, scale, out, scratch, window=window, softcap=softcap, store=False
         )
         return out.unflatten(1, (heads, width))
-    last = int(end) + 1
-    keys, values = keys[:, :, :last], values[:, :, :last]
-    columns = torch.arange(last, device=query.device)
-    seen = columns >= first[:, None]
+    if not query.is_cuda:  # there it would wait for the device, and could not be recorded
+        last = int(end) + 1
+        keys, values = keys[:, :, :last], values[:, :, :last]
+    columns = torch.arange(keys.shape[2], device=query.device)
+    seen = (columns >= first[:, None]) & (columns <= end)
     if window is not None:
-        seen = seen & (columns >= last - window)
+        seen = seen & (columns > end - window)
     return attend(query[:, :, None], keys, values, seen[:, None, None], scale, softcap)[:, :, 0]
 
 

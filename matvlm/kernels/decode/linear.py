@@ -91,7 +91,7 @@ def add_projected(out: Tensor, residuals: Sequence[Tensor], x: Tensor, part: Lin
 
 
 def _tiles(rows: int, outputs: int, width: int) -> dict[str, int]:
-    """Block sizes and warps, found by trying on an H100 (``tests/benchmarks/decode_gpu.py --kernels``)."""
+    """Block sizes and warps, found by trying on an H100."""
     if rows == 1:
         few = outputs < 4096
         return {"ROWS": 1, "BLOCK_N": 2 if few else 8, "BLOCK_K": 1024 if few else 512, "num_warps": 4, "num_stages": 3}
