@@ -27,6 +27,7 @@ if (ROOT / "matvlm").is_dir():
 for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
     os.environ.setdefault(name, "1")
 
+import kubernetes_settings  # noqa: E402
 from metaflow import FlowSpec, Run, current  # noqa: E402
 from metaflow.exception import MetaflowException  # noqa: E402
 from metaflow.util import get_username  # noqa: E402
@@ -185,6 +186,8 @@ def main(flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None] =
         sys.argv[1:] = _with_overrides(sys.argv[1:], flow, kind, check)
     except RecipeError as error:
         sys.exit(str(error))
+    if lacking := kubernetes_settings.problem(sys.argv[1:]):
+        sys.exit(lacking)
     os.environ[KEPT_VARIABLE] = _kept_options(sys.argv)
     with tempfile.TemporaryDirectory() as scratch:
         run_id_file = Path(scratch) / "run_id"
