@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 # Metaflow refuses to run as root without a name, and looks for earlier runs under this one.
 export METAFLOW_USER := $(or $(METAFLOW_USER),$(filter-out root,$(USER)),$(filter-out root,$(shell id -un)),matvlm)
 
-.PHONY: help install train test test-slow lint format up down ui gpu clean
+.PHONY: help install train test test-slow test-cluster lint format up down ui gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ test: lint ## lint, type check and all tests but the slow ones (TESTS="tests/tes
 
 test-slow: $(STAMP) ## the slow tests
 	python -m pytest -m slow $(TESTS)
+
+test-cluster: $(STAMP) ## the flows on a Kubernetes API on loopback, the manifests and the local stack (about 10 minutes)
+	python -m pytest tests/test_kubernetes*.py tests/test_infra*.py tests/test_images.py tests/test_stack.py tests/test_argo.py
 
 lint: $(STAMP) ## ruff and mypy
 	ruff check .

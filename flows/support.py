@@ -165,8 +165,9 @@ def script() -> str:
 
 def resume_command(run_id: str) -> str:
     """What to type in the folder where the run was started; a bare ``resume`` may go back to an earlier attempt."""
-    command = f"python {script()} resume --origin-run-id {run_id}"
-    return f"{command} {os.environ.get(KEPT_VARIABLE, '')}".rstrip()
+    in_pod = "METAFLOW_KUBERNETES_WORKLOAD" in os.environ  # which does not know the options of whoever started the run
+    options = "--with kubernetes" if in_pod else os.environ.get(KEPT_VARIABLE, "")
+    return f"python {script()} resume --origin-run-id {run_id} {options}".rstrip()
 
 
 def parse(text: str, kind: type[Kind]) -> dict[str, Any]:
