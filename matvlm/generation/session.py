@@ -27,7 +27,7 @@ WARM_UP = 2
 class Session:
     """``batch`` sequences of at most ``capacity`` tokens. Shapes: B sequences, L tokens, V words of vocabulary.
 
-    On a GPU the step is recorded as a CUDA graph when the session is made, and replayed.
+    On a GPU the step is recorded as a CUDA graph when the first prompt comes, and replayed.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int, chunk: int, plan: Plan | None = None):
