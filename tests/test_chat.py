@@ -143,11 +143,18 @@ class Terminal:
             os.execvpe(sys.executable, [sys.executable, "-m", "matvlm", *arguments], os.environ | {"TERM": "dumb"})
         self.shown = ""
 
-    def see(self, pattern: str) -> str:
-        """Wait for ``pattern``; what was shown up to its end, and is then forgotten."""
-        deadline = time.monotonic() + LINE_SECONDS
+    def see(self, pattern: str, again: str = "") -> str:
+        """Wait for ``pattern``; what was shown up to its end, and is then forgotten.
+
+        ``again`` is typed each second, as by somebody who sees nothing happen: a Ctrl-C that comes just when a line
+        begins to be read stays unnoticed until another key is pressed.
+        """
+        started = typed = time.monotonic()
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < deadline, self.shown[-500:]
+            assert time.monotonic() < started + LINE_SECONDS, self.shown[-500:]
+            if again and time.monotonic() > typed + 1:
+                self.type(again)
+                typed = time.monotonic()
             if select.select([self.master], [], [], 0.1)[0]:
                 self.shown += os.read(self.master, 4096).decode()
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
@@ -177,7 +184,7 @@ def test_the_terminal_stops_answers_and_goes_on(folder: Path) -> None:
     try:
         assert "Mamba-2 in 1 of 2 layers" in terminal.see("> ")
         terminal.type("what\x03")
-        terminal.see("> ")
+        terminal.see("> ", again="\x03")
         terminal.type(f"{QUESTION}\n")
         terminal.see(r"\n.{60}")
         terminal.type("\x03")
