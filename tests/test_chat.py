@@ -140,6 +140,7 @@ class Terminal:
     def __init__(self, *arguments: str):
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
             os.execvpe(sys.executable, [sys.executable, "-m", "matvlm", *arguments], os.environ | {"TERM": "dumb"})
         self.shown = ""
 
