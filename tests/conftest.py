@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import s3_server
+import tiny_chat
 import torch
 
 from matvlm.tracking.store import open_client
@@ -28,6 +29,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of ``tiny_chat``."""
+    made = tmp_path_factory.mktemp("chat")
+    tiny_chat.save(made)
+    return made
 
 
 @pytest.fixture

@@ -13,15 +13,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_chat
 import torch
 from PIL import Image
 from tiny_chat import QUESTION
-from tiny_teacher import TINY, WORDS
-from transformers import LlavaProcessor
 
 import matvlm
 from matvlm.chat.speaker import Speaker, open_image, teacher_of
@@ -29,7 +26,6 @@ from matvlm.chat.terminal import Conversation
 from matvlm.cli import main
 from matvlm.data.encoding import Encoder, Turn
 from matvlm.generation import Sampling
-from matvlm.models import small
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = [Turn(QUESTION, "a circle"), Turn("is there a red circle", "no"), Turn("what color", "")]
@@ -38,29 +34,14 @@ LINE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_chat.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def speaker(folder: Path) -> Speaker:
-    return Speaker(str(folder / "student"), "cpu")
-
-
-class Typed(LlavaProcessor):
-    """Also says of each token whether it is the image's, as some families' processors do unasked."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs, return_mm_token_type_ids=True)
+def speaker(talkers: Path) -> Speaker:
+    return Speaker(str(talkers / "student"), "cpu")
 
 
 @pytest.mark.parametrize("typed", [False, True], ids=["plain", "token types"])
 @pytest.mark.parametrize("count", range(len(TURNS) + 1))
 def test_a_question_is_what_the_processor_makes_of_the_whole_conversation(count: int, typed: bool) -> None:
-    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
-    processor.__class__ = Typed if typed else LlavaProcessor
+    processor = tiny_chat.build_processor(typed)
     asked = Encoder(processor).ask(tiny_chat.picture(), QUESTION, TURNS[:count])
     expected = tiny_chat.prompt(processor, QUESTION, TURNS[:count])
     assert asked.keys() == expected.keys()
@@ -70,7 +51,7 @@ def test_a_question_is_what_the_processor_makes_of_the_whole_conversation(count:
 
 
 def test_a_question_is_what_stands_before_its_answer_in_training() -> None:
-    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
+    processor = tiny_chat.build_processor()
     encoder = Encoder(processor)
     picture, turns = tiny_chat.picture(), TURNS[:2]
     trained = encoder.encode("one", picture, turns).input_ids
@@ -83,10 +64,13 @@ def test_a_question_is_what_stands_before_its_answer_in_training() -> None:
 
 
 def test_the_answers_of_a_conversation_are_those_of_generate(
-    folder: Path, speaker: Speaker, capsys: pytest.CaptureFixture[str]
+    talkers: Path, speaker: Speaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, processor = matvlm.load(str(folder / "student"))
-    conversation, turns = Conversation(speaker, open_image(str(folder / "picture.png")), Sampling(max_new_tokens=7)), []
+    model, processor = matvlm.load(str(talkers / "student"))
+    conversation, turns = (
+        Conversation(speaker, open_image(str(talkers / "picture.png")), Sampling(max_new_tokens=7)),
+        [],
+    )
     for question in (QUESTION, "is there a circle", "no"):
         conversation.obey(f"  {question} ")
         expected = tiny_chat.answer(model, processor, question, turns, 7)
@@ -104,12 +88,12 @@ def test_the_answers_of_a_conversation_are_those_of_generate(
     assert conversation.turns == turns[:1]
 
 
-def test_another_image_is_another_conversation(folder: Path, speaker: Speaker, tmp_path: Path) -> None:
+def test_another_image_is_another_conversation(talkers: Path, speaker: Speaker, tmp_path: Path) -> None:
     conversation = Conversation(speaker, tiny_chat.picture(), Sampling(max_new_tokens=3))
     conversation.obey(QUESTION)
     before = conversation.turns
     Image.new("L", (9, 5), 255).save(tmp_path / "two words.png")
-    for line in ("/image nowhere.png", f"/image {folder / 'student' / 'config.json'}", "/imag"):
+    for line in ("/image nowhere.png", f"/image {talkers / 'student' / 'config.json'}", "/imag"):
         with pytest.raises((ValueError, OSError)):
             conversation.obey(line)
     assert (conversation.turns, conversation.image.size) == (before, (16, 16))
@@ -179,9 +163,9 @@ class Terminal:
         os.close(self.master)
 
 
-def test_the_terminal_stops_answers_and_goes_on(folder: Path) -> None:
-    arguments = ["--image", str(folder / "picture.png"), "--max-new-tokens", "7000"]
-    terminal = Terminal("chat", str(folder / "student"), *arguments)
+def test_the_terminal_stops_answers_and_goes_on(talkers: Path) -> None:
+    arguments = ["--image", str(talkers / "picture.png"), "--max-new-tokens", "7000"]
+    terminal = Terminal("chat", str(talkers / "student"), *arguments)
     try:
         assert "Mamba-2 in 1 of 2 layers" in terminal.see("> ")
         terminal.type("what\x03")
@@ -203,11 +187,19 @@ def test_the_terminal_stops_answers_and_goes_on(folder: Path) -> None:
         terminal.close()
 
 
-def test_one_prompt_can_be_scripted(folder: Path) -> None:
-    command = [sys.executable, "-m", "matvlm", "chat", str(folder / "student"), "--image", str(folder / "picture.png")]
+def test_one_prompt_can_be_scripted(talkers: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "matvlm",
+        "chat",
+        str(talkers / "student"),
+        "--image",
+        str(talkers / "picture.png"),
+    ]
     command += ["--prompt", QUESTION, "--max-new-tokens", "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    expected = tiny_chat.answer(*matvlm.load(str(folder / "student")), QUESTION, [], 5)
+    expected = tiny_chat.answer(*matvlm.load(str(talkers / "student")), QUESTION, [], 5)
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
     assert FIGURES.fullmatch(done.stderr.strip())
 
@@ -215,25 +207,31 @@ def test_one_prompt_can_be_scripted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{folder}/student", "--image", "nowhere.png"], "nowhere.png: cannot read: No such file or directory"),
-        (["{folder}/student", "--image", "{folder}"], "cannot read: Is a directory"),
-        (["{folder}/student", "--image", "{folder}/student/config.json"], "config.json: no image, or a damaged one: "),
+        (["{talkers}/student", "--image", "nowhere.png"], "nowhere.png: cannot read: No such file or directory"),
+        (["{talkers}/student", "--image", "{talkers}"], "cannot read: Is a directory"),
+        (
+            ["{talkers}/student", "--image", "{talkers}/student/config.json"],
+            "config.json: no image, or a damaged one: ",
+        ),
         (["./nowhere"], "./nowhere: no such file or folder"),
         (["package://nothing"], "matvlm ships no model 'nothing'"),
-        (["{folder}/mute"], "mute: needs an image processor and a chat template to answer questions"),
-        (["{folder}/student", "--temperature", "-1"], "temperature -1.0: 0 for the most probable token"),
-        (["{folder}/student", "--max-new-tokens", "0"], "max_new_tokens 0: at least 1"),
-        (["{folder}/student", "--prompt", "is <image> red"], "the question holds <image>, which stands for the image"),
+        (["{talkers}/mute"], "mute: needs an image processor and a chat template to answer questions"),
+        (["{talkers}/student", "--temperature", "-1"], "temperature -1.0: 0 for the most probable token"),
+        (["{talkers}/student", "--max-new-tokens", "0"], "max_new_tokens 0: at least 1"),
+        (
+            ["{talkers}/student", "--prompt", "is <image> red"],
+            "the question holds <image>, which stands for the image",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_message(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    talkers: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    if not (folder / "mute").exists():
-        shutil.copytree(folder / "student", folder / "mute")
-        (folder / "mute" / "chat_template.jinja").unlink()
-    words = ["--image", "{folder}/picture.png", "--prompt", "what", *arguments]
-    assert main(["chat", *(word.format(folder=folder) for word in words)]) == 1
+    if not (talkers / "mute").exists():
+        shutil.copytree(talkers / "student", talkers / "mute")
+        (talkers / "mute" / "chat_template.jinja").unlink()
+    words = ["--image", "{talkers}/picture.png", "--prompt", "what", *arguments]
+    assert main(["chat", *(word.format(talkers=talkers) for word in words)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     last = printed.err.splitlines()[-1]
@@ -241,7 +239,7 @@ def test_what_a_user_gets_wrong_is_one_message(
     assert message in last
 
 
-def test_a_model_says_what_teacher_it_had(folder: Path) -> None:
-    assert teacher_of(str(folder / "student")) == str(folder / "teacher")
-    assert teacher_of(str(folder / "teacher")) is None
+def test_a_model_says_what_teacher_it_had(talkers: Path) -> None:
+    assert teacher_of(str(talkers / "student")) == str(talkers / "teacher")
+    assert teacher_of(str(talkers / "teacher")) is None
     assert teacher_of("package://easyvqa-teacher") is None

@@ -39,12 +39,12 @@ TOKENS = 6
 class Server:
     """``python -m matvlm demo`` in a process of its own, at any free port."""
 
-    def __init__(self, folder: Path, log: Path, *arguments: str):
+    def __init__(self, talkers: Path, log: Path, *arguments: str):
         self.log = log
         command = [sys.executable, "-m", "matvlm", "demo", *arguments, "--port", "0", "--max-new-tokens", str(TOKENS)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+            self.process = subprocess.Popen(command, cwd=talkers, env=environment, stdout=file, stderr=file)
 
     @property
     def url(self) -> str:
@@ -68,45 +68,38 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    tiny_chat.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def servers(folder: Path) -> Iterator[dict[str, Server]]:
+def servers(talkers: Path) -> Iterator[dict[str, Server]]:
     """Those of a student whose teacher is there, and of one whose teacher is gone."""
-    started = {name: Server(folder, folder / f"{name}.log", name) for name in ("student", "orphan")}
+    started = {name: Server(talkers, talkers / f"{name}.log", name) for name in ("student", "orphan")}
     yield started
     for server in started.values():
         server.process.kill()
         server.process.wait()
 
 
-def test_both_models_answer_as_generate_does(folder: Path, servers: dict[str, Server]) -> None:
+def test_both_models_answer_as_generate_does(talkers: Path, servers: dict[str, Server]) -> None:
     models = servers["student"].get("about")["models"]
     assert [(model["name"], model["uri"]) for model in models] == [
-        ("teacher", str(folder / "teacher")),
+        ("teacher", str(talkers / "teacher")),
         ("student", "student"),
     ]
     assert models[0]["facts"].startswith("2 layers, all attention; ")
     assert models[1]["facts"].startswith("Mamba-2 in 1 of 2 layers; ")
-    events = servers["student"].ask(QUESTION, (folder / "picture.png").read_bytes())
+    events = servers["student"].ask(QUESTION, (talkers / "picture.png").read_bytes())
     numbers = [event["model"] for event in events]
     assert numbers == sorted(numbers)
     assert len(events) > 4  # in pieces
     for number, name in enumerate(("teacher", "student")):
         mine = [event for event in events if event["model"] == number]
         said = "".join(event.get("piece", "") for event in mine)
-        expected = tiny_chat.answer(*matvlm.load(str(folder / name)), QUESTION, [], TOKENS)
+        expected = tiny_chat.answer(*matvlm.load(str(talkers / name)), QUESTION, [], TOKENS)
         assert said.strip() == expected.strip()
         found = FIGURES.fullmatch(mine[-1]["figures"])
         assert found
         assert int(found[1]) == TOKENS
 
 
-def test_a_bad_question_is_one_message_and_no_end(folder: Path, servers: dict[str, Server]) -> None:
+def test_a_bad_question_is_one_message_and_no_end(talkers: Path, servers: dict[str, Server]) -> None:
     server = servers["student"]
     for content, status, message in (
         (b"not a picture", 400, "notes.txt: no image, or a damaged one"),
@@ -117,27 +110,27 @@ def test_a_bad_question_is_one_message_and_no_end(folder: Path, servers: dict[st
             server.ask(QUESTION, content, "notes.txt")
         assert refused.value.code == status
         assert message in json.load(refused.value)["error"]
-    picture = (folder / "picture.png").read_bytes()
+    picture = (talkers / "picture.png").read_bytes()
     marked = server.ask("is there an <image>", picture)
     assert [(event["model"], "holds <image>" in event["error"]) for event in marked] == [(0, True), (1, True)]
     assert server.ask(QUESTION, picture)[-1]["model"] == 1
 
 
-def test_a_student_without_its_teacher_answers_alone(folder: Path, servers: dict[str, Server]) -> None:
+def test_a_student_without_its_teacher_answers_alone(talkers: Path, servers: dict[str, Server]) -> None:
     about = servers["orphan"].get("about")
     assert [model["name"] for model in about["models"]] == ["model"]
     assert "its teacher cannot be opened, name one with --against" in about["notice"]
-    assert str(folder / "gone") in about["notice"]
-    assert {event["model"] for event in servers["orphan"].ask(QUESTION, (folder / "picture.png").read_bytes())} == {0}
+    assert str(talkers / "gone") in about["notice"]
+    assert {event["model"] for event in servers["orphan"].ask(QUESTION, (talkers / "picture.png").read_bytes())} == {0}
 
 
-def panel(folder: Path, max_new_tokens: int) -> Panel:
-    roles = [Role(name, Speaker(str(folder / name), "cpu")) for name in ("teacher", "student")]
+def panel(talkers: Path, max_new_tokens: int) -> Panel:
+    roles = [Role(name, Speaker(str(talkers / name), "cpu")) for name in ("teacher", "student")]
     return Panel(roles, Sampling(max_new_tokens=max_new_tokens))
 
 
-def test_questions_are_answered_one_after_the_other(folder: Path) -> None:
-    shared, picture, order = panel(folder, 20), tiny_chat.picture(), []
+def test_questions_are_answered_one_after_the_other(talkers: Path) -> None:
+    shared, picture, order = panel(talkers, 20), tiny_chat.picture(), []
 
     async def ask(number: int) -> list[dict[str, Any]]:
         events = []
@@ -156,8 +149,8 @@ def test_questions_are_answered_one_after_the_other(folder: Path) -> None:
     assert said[0] == said[1] == said[2]
 
 
-def test_who_leaves_early_does_not_hold_up_the_others(folder: Path) -> None:
-    shared, picture = panel(folder, 7000), tiny_chat.picture()
+def test_who_leaves_early_does_not_hold_up_the_others(talkers: Path) -> None:
+    shared, picture = panel(talkers, 7000), tiny_chat.picture()
     shared.roles[0].speaker.warm_up(shared.sampling)
 
     async def leave() -> None:
@@ -173,26 +166,26 @@ def test_who_leaves_early_does_not_hold_up_the_others(folder: Path) -> None:
     assert second is None  # never asked
 
 
-def test_an_upload_is_seen_as_training_sees_it(folder: Path) -> None:
-    content = (folder / "picture.png").read_bytes()
+def test_an_upload_is_seen_as_training_sees_it(talkers: Path) -> None:
+    content = (talkers / "picture.png").read_bytes()
     assert as_image(content, "x").tobytes() == tiny_chat.picture().tobytes()
 
 
 @pytest.mark.parametrize("arguments", [["--port", "{taken}"], ["--host", "203.0.113.7"], ["--port", "99999"]])
 def test_a_place_that_is_not_free_is_one_message(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+    talkers: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         words = [word.format(taken=listening.getsockname()[1]) for word in arguments]
-        assert main(["demo", str(folder / "student"), *words]) == 1
+        assert main(["demo", str(talkers / "student"), *words]) == 1
     message = capsys.readouterr().err
     assert message.startswith("matvlm demo: --host ")
     assert f"{' '.join(words)}" in message
     assert "cannot listen there" in message
 
 
-def test_a_teacher_that_is_asked_for_has_to_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", str(folder / "student"), "--against", "./nowhere", "--port", "0"]) == 1
+def test_a_teacher_that_is_asked_for_has_to_be_there(talkers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(talkers / "student"), "--against", "./nowhere", "--port", "0"]) == 1
     assert "matvlm demo: ./nowhere: " in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -225,7 +218,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     opened.quit()
 
 
-def test_the_page_in_a_browser(folder: Path, servers: dict[str, Server], browser: Any, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(talkers: Path, servers: dict[str, Server], browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.wait import WebDriverWait
 
     def texts(selector: str) -> list[str]:
@@ -238,7 +231,7 @@ def test_the_page_in_a_browser(folder: Path, servers: dict[str, Server], browser
     wait(lambda: texts(".model h2") == ["Teacher", "Student"])
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     for name in ("broken.png", "picture.png"):
-        place = tmp_path if name == "broken.png" else folder
+        place = tmp_path if name == "broken.png" else talkers
         browser.find_element("css selector", "input[type=file]").send_keys(str(place / name))
         wait(lambda name=name: browser.find_element("css selector", "label img").get_attribute("alt") == name)
         question = browser.find_element("css selector", "input[type=text]")
@@ -254,7 +247,7 @@ def test_the_page_in_a_browser(folder: Path, servers: dict[str, Server], browser
             assert texts(".answer") == ["", ""]
     wait(lambda: all(FIGURES.fullmatch(text) for text in texts(".figures")))
     expected = [
-        tiny_chat.answer(*matvlm.load(str(folder / name)), QUESTION, [], TOKENS) for name in ("teacher", "student")
+        tiny_chat.answer(*matvlm.load(str(talkers / name)), QUESTION, [], TOKENS) for name in ("teacher", "student")
     ]
     assert texts(".answer") == [answer.strip() for answer in expected]
     assert texts(".message") == [""]
@@ -265,7 +258,7 @@ def test_the_page_in_a_browser(folder: Path, servers: dict[str, Server], browser
     assert logged == []
 
 
-def test_ctrl_c_ends_the_server(folder: Path, servers: dict[str, Server]) -> None:
+def test_ctrl_c_ends_the_server(talkers: Path, servers: dict[str, Server]) -> None:
     server = servers["orphan"]
     assert server.url
     server.process.send_signal(signal.SIGINT)

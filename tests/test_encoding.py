@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_chat import build_processor as build_chat_processor
 from tiny_teacher import TINY, WORDS, Teacher
 
 from matvlm.config import Positions
@@ -225,27 +226,10 @@ def test_speakers_and_marks_are_single_tokens(teacher: Teacher) -> None:
         assert tokenizer(mark, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(mark)]
 
 
-class Telling:
-    """A processor that says of each token whether it is the image's, as those of Qwen2-VL and Gemma 3 do."""
-
-    def __init__(self, processor: Any):
-        self.processor = processor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.processor, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        made = self.processor(**inputs)
-        made["mm_token_type_ids"] = (made["input_ids"] == self.processor.image_token_id).long()
-        return made
-
-
-def test_what_is_said_of_each_token_is_said_of_every_token(teacher: Teacher) -> None:
-    encoder = Encoder(Telling(teacher.processor))
-    samples = [encoder.encode(f"{count}", IMAGE, TURNS[:count]) for count in (3, 1)]
-    batch = encoder.collate(samples)
-    expected = (batch.inputs["input_ids"] == teacher.processor.image_token_id).long()
+def test_what_is_said_of_each_token_is_said_of_every_token() -> None:
+    processor = build_chat_processor(typed=True)
+    encoder = Encoder(processor)
+    batch = encoder.collate([encoder.encode(f"{count}", IMAGE, TURNS[:count]) for count in (3, 1)])
+    expected = (batch.inputs["input_ids"] == processor.image_token_id).long()
     assert torch.equal(batch.inputs["mm_token_type_ids"], expected)
     assert expected.sum() == 2 * IMAGE_TOKENS
-    asked = encoder.ask(IMAGE, "what color", TURNS[:2])
-    assert torch.equal(asked["mm_token_type_ids"], (asked["input_ids"] == teacher.processor.image_token_id).long())

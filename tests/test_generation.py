@@ -14,6 +14,7 @@ from tiny_families import FAMILIES, IMAGE_TOKEN, VOCABULARY, batch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from matvlm.costs import cache_parts
 from matvlm.generation import Engine, Sampling
 from matvlm.generation.engine import ROUND
 from matvlm.generation.text import cut
@@ -175,16 +176,15 @@ def test_the_memory_is_as_large_as_stated(name, kind):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     replaced = mixers(case.model)
     attentions = len(decoder_layers(case.model)) - len(replaced)
-    assert session.kv_bytes == attentions * 2 * 2 * (2 * ROUND) * config.num_key_value_heads * head_dim * 4
+    stated = cache_parts(session.cache)
+    assert stated[0] == attentions * 2 * 2 * (2 * ROUND) * config.num_key_value_heads * head_dim * 4
     channels = (2 * config.num_key_value_heads + config.num_attention_heads) * head_dim
     held = [channels * (mixer.options.conv_kernel - 1) for mixer in replaced.values()]
     held += [config.num_attention_heads * head_dim**2] * len(replaced)
-    assert session.state_bytes == 2 * sum(held) * 4
-    stated = session.cache_bytes
-    assert stated == session.kv_bytes + session.state_bytes
+    assert stated[1] == 2 * sum(held) * 4
     for _ in range(20):
         session.step(torch.tensor([5, 6]))
-    assert session.cache_bytes == stated
+    assert cache_parts(session.cache) == stated
 
 
 def test_a_session_has_room_for_what_was_asked(llama):
@@ -296,3 +296,10 @@ def test_streams_of_one_engine_do_not_mix(llava):
     first, other = (engine.stream(prompt, sampling) for prompt in llava.prompts(7, 6))
     pieces = [next(first), next(other)]
     assert [pieces[0] + "".join(first), pieces[1] + "".join(other)] == alone
+
+
+def test_what_the_engine_cannot_hand_over_is_refused(llama):
+    (prompt,) = llama.prompts(5)
+    session = Engine(llama.model).open(1, ROUND)
+    with pytest.raises(ValueError, match=r"Llama.*given visual_pos_masks too.*use generate\(\)"):
+        session.prefill({**prompt, "visual_pos_masks": torch.ones(1, 5)})

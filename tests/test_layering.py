@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"config", "artifacts", "reporting"},
-    {"recipes", "world", "storage", "progress", "phases", "processes", "kernels", "plots"},
+    {"recipes", "world", "storage", "progress", "phases", "processes", "recording", "kernels", "plots"},
     {"models", "data", "snapshots"},
     {"losses", "optimizer"},
     {"init", "teacher", "costs", "alignment"},

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tiny_teacher import TINY, WORDS
+from transformers import LlavaProcessor
 
 from matvlm.data.encoding import Turn
 from matvlm.init import convert_
@@ -16,9 +17,23 @@ from matvlm.models import hybrid, small
 QUESTION = "what shape is the image"
 
 
+class Typed(LlavaProcessor):
+    """Also says of each token whether it is the image's, as some families' processors do unasked."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs, return_mm_token_type_ids=True)
+
+
+def build_processor(typed: bool = False) -> Any:
+    """That of the models here; ``typed`` as ``Typed`` says."""
+    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
+    processor.__class__ = Typed if typed else LlavaProcessor
+    return processor
+
+
 def save(folder: Path) -> None:
     """A ``teacher``, a ``student`` that names it, an ``orphan`` whose teacher is gone, and ``picture.png``."""
-    processor = small.build_processor(TINY, small.build_tokenizer(WORDS))
+    processor = build_processor()
     hybrid.save(small.build_model(TINY, processor.tokenizer), processor, folder / "teacher", {})
     for name, teacher in (("student", folder / "teacher"), ("orphan", folder / "gone")):
         student = small.build_model(TINY, processor.tokenizer)

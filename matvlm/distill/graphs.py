@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matvlm.recording import record, warm_up
+
 STEP = 64
-WARM_UP = 3
-"""Passes before a recording, in which kernels are compiled and tried; CUDA's own examples take as many."""
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -105,24 +105,16 @@ class _Graph:
             buffer.zero_() if gradient is None else buffer.copy_(gradient)
 
     def _warm_up(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.forward()
-                self.upstream = [torch.zeros_like(made) for made in self.outputs]
-                self.backward()
-        torch.cuda.current_stream().wait_stream(stream)
+        def both_ways() -> None:
+            self.forward()
+            self.upstream = [torch.zeros_like(made) for made in self.outputs]
+            self.backward()
+
+        warm_up(both_ways)
         self.outputs, self.returned = [], []
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
-        if not self.graphs.on_gpu:
-            return run
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which load data and write snapshots, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self.graphs.pool, capture_error_mode="thread_local"):
-            run()
-        return graph.replay
+        return record(run, self.graphs.pool).replay if self.graphs.on_gpu else run
 
 
 class _Replayed(torch.autograd.Function):

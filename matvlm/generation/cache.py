@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from matvlm.costs import tensor_bytes
 from matvlm.models.mixer import MixerState
 
 
@@ -40,16 +39,6 @@ class DecodingCache(Cache):
         for layer in self.layers:
             if isinstance(layer, MixerState):
                 layer.reset()
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values for the whole capacity."""
-        return sum(tensor_bytes(vars(layer)) for layer in self.layers if isinstance(layer, KeyValues))
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the mixers' states."""
-        return sum(tensor_bytes(vars(layer)) for layer in self.layers if isinstance(layer, MixerState))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.filled

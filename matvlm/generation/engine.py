@@ -134,10 +134,6 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def close(self) -> None:
-        """End the answer here."""
-        self._pieces.close()
-
     def _stream(self) -> Generator[str]:
         end = _End(self._engine, self._sampling, text=True)
         started = time.perf_counter()

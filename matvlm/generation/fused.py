@@ -79,7 +79,7 @@ class Step:
         self._mix(layer.mixing, slot, rotary, mixed)
         linear.add_projected(added, [], mixed, layer.output)
         with mlp:
-            linear.project(normed, layer.up, None, between, layer.activation)
+            linear.project(normed, layer.up, between, layer.activation)
             linear.add_projected(sums, x, between, layer.down)
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
@@ -100,7 +100,7 @@ class Step:
         linear.project(self._normed(x, layer.norm), layer.inputs, self.projected)
         self._mix(layer.mixing, slot, rotary, mixed)
         linear.add_projected(out, x, mixed, layer.output)
-        linear.project(self._normed([out], layer.mlp_norm), layer.up, None, between, layer.activation, gated=True)
+        linear.project(self._normed([out], layer.mlp_norm), layer.up, between, layer.activation, gated=True)
         linear.add_projected(out, [out], between, layer.down)
         return [out]
 

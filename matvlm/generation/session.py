@@ -14,14 +14,13 @@ from matvlm.generation.cache import DecodingCache
 from matvlm.generation.prompt import read_prompt
 from matvlm.models import hybrid
 from matvlm.models.families import BIDIRECTIONAL
+from matvlm.recording import record, warm_up
 
 if TYPE_CHECKING:
     from matvlm.generation.plan import Plan
 
 MOST_ROWS = 64
 """Sequences that the kernels of a plan are made for; of more, the products are bound by arithmetic."""
-WARM_UP = 2
-"""Steps before a step is recorded, in which kernels are compiled and memory is taken."""
 
 
 class Session:
@@ -59,21 +58,6 @@ class Session:
         """Forget the sequences, keep the memory and the recorded step."""
         self.cache.clear()
         self.answered = False
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes taken for keys and values."""
-        return self.cache.kv_bytes
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes taken for the mixers' states."""
-        return self.cache.state_bytes
-
-    @property
-    def cache_bytes(self) -> int:
-        """Both together."""
-        return self.kv_bytes + self.state_bytes
 
     @torch.inference_mode()
     def prefill(self, inputs: Mapping[str, Any]) -> None:
@@ -175,13 +159,6 @@ class Session:
 
     def _record(self) -> None:
         """Make ``compute`` one CUDA graph instead of thousands of launches."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.compute()
+        warm_up(self.compute)
+        self.graph = record(self.compute)
         self.cache.clear()

@@ -147,7 +147,7 @@ class MatvlmEngine:
         for _ in range(end_after - 1):
             token = session.step(token).argmax(-1)
         ended = now(ids.device)
-        sizes = session.kv_bytes, session.state_bytes
+        sizes = cache_parts(session.cache)
         return Timing(prefilled - started, first - started, ended - first, ended - started, *sizes)
 
     def forget(self) -> None:

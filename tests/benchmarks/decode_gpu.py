@@ -33,7 +33,7 @@ from matvlm.config import Profile
 from matvlm.init import convert_
 from matvlm.models.layers import choose_layers
 from matvlm.profiling import profile_models
-from matvlm.profiling.tables import method, tables
+from matvlm.report import profile_table
 from matvlm.reporting import Reporter
 
 PARTS: dict[str, list[dict[str, Any]]] = {
@@ -70,11 +70,7 @@ def main() -> None:
         for values in PARTS[part] if not options.tiny else [TINY]:
             result = profile_models(built, Profile(**values), Reporter())
             print(f"\n## {part}\n\n{'; '.join(f'{name}: {value}' for name, value in result.machine.items())}")
-            print(f"\n{method(result)}")
-            for table in tables(result):
-                heading, *rows = table.rows
-                lines = [heading, ["---"] * len(heading), *rows]
-                print(f"\n{table.title}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines), flush=True)
+            print(f"\n{profile_table(result)}", flush=True)
 
 
 if __name__ == "__main__":

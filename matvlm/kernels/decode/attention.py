@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from matvlm.kernels.decode.rotary import turn
+
 PROGRAMS = 512
 """So many, where sequences and heads are fewer: they all run at once on an H100, four to a multiprocessor."""
 MORE = 2048
@@ -102,15 +104,10 @@ def _head(
         scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / P + eps))[:, None]
         x = x * scale * tl.load(factors + channel, mask=channel < P, other=0.0).to(tl.float32)[None, :]
     if R > 0:
-        HALF: tl.constexpr = R // 2
-        turned = channel < R
-        partner = tl.where(turned, tl.where(channel < HALF, channel + HALF, channel - HALF), channel)
+        partner, c, s = turn(channel, cos, sin, R)
         other = tl.load(base + partner[None, :], mask=inside, other=0.0).to(tl.float32) * scale
         if NORMS:
             other *= tl.load(factors + partner, mask=partner < P, other=0.0).to(tl.float32)[None, :]
-        c = tl.load(cos + channel, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + channel, mask=turned, other=0.0).to(tl.float32)
-        s = tl.where(channel < HALF, -s, s)
         x = x * c[None, :] + other * s[None, :]
     return x
 

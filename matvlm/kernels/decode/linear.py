@@ -46,17 +46,16 @@ def normalize(out: Tensor, x: Sequence[Tensor], norm: Norm) -> None:
 def project(
     x: Tensor,
     parts: Sequence[Linear],
-    plain: Tensor | None,
-    active: Tensor | None = None,
+    out: Tensor,
     activation: str = "identity",
     gated: bool = False,
 ) -> None:
-    """``part(x)`` for each of up to three ``parts``, or for one or two with an activation.
+    """``activation(part(x))`` for each of up to three ``parts``.
 
     Args:
         x: [B, K].
-        plain: [B, sum of N], gets all parts side by side.
-        active: instead, [B, N], gets ``activation(parts[0])``, or, ``gated``, ``activation(parts[0]) * parts[1]``.
+        out: [B, sum of N] or wider, gets all parts side by side.
+        gated: ``out``, [B, N], gets ``activation(parts[0](x)) * parts[1](x)`` instead.
     """
     rows, width = x.shape
     missing = 3 - len(parts)
@@ -69,8 +68,6 @@ def project(
     biased = {part.bias is not None for part in parts}
     if len(biased) > 1:
         raise ValueError("parts of one projection have all a bias, or none")
-    out = plain if active is None else active
-    assert out is not None
     _project[(sum(triton.cdiv(size, tiles["BLOCK_N"]) for size in sizes),)](
         x, x.stride(0), *weights, *biases, out, out.stride(0), *sizes, rows, width,
         BIASED=biased == {True}, ACTIVATION=ACTIVATIONS[activation], GATED=gated, **tiles,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from matvlm.kernels.decode.rotary import turn
+
 
 @dataclass(frozen=True)
 class MixerWeights:
@@ -108,15 +110,11 @@ def _turned(
         scale = 1.0 / tl.sqrt(tl.sum(y * y) / P + eps)
         y = y * scale * tl.load(factors + lane, mask=there, other=0.0).to(tl.float32)
     if R > 0:
-        HALF: tl.constexpr = R // 2
-        rotated = lane < R
-        partner = tl.where(rotated, tl.where(lane < HALF, lane + HALF, lane - HALF), lane)
+        partner, c, s = turn(lane, cos, sin, R)
         other = _convolved(inputs, states, conv_weight, conv_bias, first + partner, there, SILU, TAPS)
         if NORMS:
             other = other * scale * tl.load(factors + partner, mask=there, other=0.0).to(tl.float32)
-        c = tl.load(cos + lane, mask=rotated, other=1.0).to(tl.float32)
-        s = tl.load(sin + lane, mask=rotated, other=0.0).to(tl.float32)
-        y = y * c + tl.where(lane < HALF, -other, other) * s
+        y = y * c + other * s
     return y
 
 
