@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from matvlm.costs import cache_parts
 from matvlm.generation import Engine, Sampling
+from matvlm.generation.cache import APART, CROWDED, KeyValues
 from matvlm.generation.engine import ROUND
 from matvlm.generation.text import cut
 from matvlm.models.hybrid import decoder_layers, mixers
@@ -185,6 +186,18 @@ def test_the_memory_is_as_large_as_stated(name, kind):
     for _ in range(20):
         session.step(torch.tensor([5, 6]))
     assert cache_parts(session.cache) == stated
+
+
+def test_heads_do_not_lie_a_power_of_two_apart(llama):
+    inputs, logits = batch(llama.prompts(9, 4)), []
+    for capacity in (2 * CROWDED - ROUND, 2 * CROWDED):
+        session = Engine(llama.model).open(2, capacity)
+        session.prefill(inputs)
+        logits.append(session.step())
+        keys = next(layer.keys for layer in session.cache.layers if isinstance(layer, KeyValues))
+        assert session.cache.capacity == capacity <= keys.shape[2] <= capacity + APART
+        assert keys.shape[2] % CROWDED
+    assert torch.equal(*logits)
 
 
 def test_a_session_has_room_for_what_was_asked(llama):

@@ -15,6 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from matvlm.models.mixer import MixerState
 
+CROWDED, APART = 1024, 128
+"""Heads that are a multiple of CROWDED columns apart meet in the same few channels of a GPU's memory and are read more
+slowly; APART columns more, and they are not (``tests/benchmarks/decode_gpu.py --parts columns``)."""
+
 
 class DecodingCache(Cache):
     """What transformers' decoders take for a cache, with a slot of its own for every layer.
@@ -31,6 +35,7 @@ class DecodingCache(Cache):
         self.end = torch.zeros(1, dtype=torch.long, device=device)
         self.first = torch.zeros(batch, dtype=torch.long, device=device)
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """As new, at the same addresses. Keys and values stay: nobody looks beyond ``filled``."""
         self.filled = 0
@@ -64,7 +69,7 @@ class KeyValues(CacheLayerMixin):
         """Memory for keys and values like these, [B, KV, any, P]."""
         for name, like in (("keys", key_states), ("values", value_states)):
             batch, heads, _, width = like.shape
-            setattr(self, name, like.new_zeros(batch, heads, self.cache.capacity, width))
+            setattr(self, name, like.new_zeros(batch, heads, _columns(self.cache.capacity), width))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -90,3 +95,9 @@ class KeyValues(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
+
+
+def _columns(capacity: int) -> int:
+    """As many as memory is taken for."""
+    crowded = capacity >= 2 * CROWDED and capacity % CROWDED == 0
+    return capacity + APART if crowded else capacity

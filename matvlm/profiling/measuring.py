@@ -182,7 +182,8 @@ def _run(subject: _Subject, place: _Place, taken: _Taken, repeat: int) -> None:
     if repeat == 0:
         taken.first_call_seconds = now(device) - started
         after = _in_use(device, give_back=True)
-        taken.kept = _Usage(after.allocated - before.allocated, after.reserved - before.reserved)
+        # Less than nothing: what others had left behind was freed meanwhile.
+        taken.kept = _Usage(*(max(0, now_held - held) for now_held, held in zip(after, before, strict=True)))
         return
     taken.timings.append(timing)
     if device.type == "cuda":

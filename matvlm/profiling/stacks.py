@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteria
+from transformers.cache_utils import StaticLayer
 
 from matvlm.config import StackName
 from matvlm.costs import cache_parts
@@ -73,8 +74,10 @@ class Transformers:
                 **options,
             )
             ended = now(ids.device)
-        timed = prefill + ended - started
-        return Timing(prefill, watch.time - started, ended - watch.time, timed, *cache_parts(made.past_key_values))
+        timed, sizes = prefill + ended - started, cache_parts(made.past_key_values)
+        if self.static:
+            _free(made.past_key_values)
+        return Timing(prefill, watch.time - started, ended - watch.time, timed, *sizes)
 
     @torch.no_grad()
     def _prefill(self, ids: Tensor, new_tokens: int) -> float:
@@ -93,6 +96,13 @@ class Transformers:
         """The compiled call."""
         if self.static:
             vars(self.model).pop("_compiled_call", None)
+
+
+def _free(cache: StaticCache) -> None:
+    """Give its memory back; compiled code holds on to the tensors until other code takes its place."""
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values) if isinstance(layer, StaticLayer) else ():
+            tensor.untyped_storage().resize_(0)
 
 
 class _FirstToken(StoppingCriteria):

@@ -28,6 +28,7 @@ from transformers import (
 
 from matvlm.generation import Engine, Sampling
 from matvlm.init import convert_
+from matvlm.kernels import has_decode_kernels
 from matvlm.models.hybrid import mixers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -75,7 +76,7 @@ def test_recorded_steps_of_every_family(name: str, kind: str) -> None:
     difference = float((found - expected).norm() / expected.norm())
     print(f"{name} {kind}: {difference:.1e}, {'kernels' if engine.plan else 'own modules'}")
     assert difference < TOLERANCE
-    assert engine.plan is not None or name not in KNOWN
+    assert engine.plan is not None or name not in KNOWN or not has_decode_kernels("cuda")
 
 
 def big(name: str, hybrid: bool) -> PreTrainedModel:
