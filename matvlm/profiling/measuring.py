@@ -242,6 +242,7 @@ def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _measurement(subject: _Subject, place: _Place, taken: _Taken) -> Measurement:
     decoded, timings = place.new_tokens - 1, taken.timings
     surplus = 1 - (_end(place, repeat=0) - 1) / decoded
+    allocated = max((peak.allocated for peak in taken.peaks), default=None)
     like_the_first = statistics.median(timing.timed_seconds - surplus * timing.decode_seconds for timing in timings)
     return Measurement(
         prefill_seconds=Repeats(each=[timing.prefill_seconds for timing in timings]),
@@ -255,8 +256,9 @@ def _measurement(subject: _Subject, place: _Place, taken: _Taken) -> Measurement
             weights=subject.weights,
             kv=timings[-1].kv_bytes,
             state=timings[-1].state_bytes,
-            peak_allocated=max((peak.allocated for peak in taken.peaks), default=None),
-            peak_reserved=taken.peaks[0].reserved if taken.peaks else None,
+            peak_allocated=allocated,
+            # At least as much: some of it had room in what was reserved before.
+            peak_reserved=None if allocated is None else max(taken.peaks[0].reserved, allocated),
         ),
     )
 

@@ -45,7 +45,7 @@ def test_every_stack_is_measured_with_its_memory() -> None:
         assert memory.peak_reserved is not None
         assert memory.rest is not None
         assert 0 <= memory.rest < memory.weights + 4 * memory.kv + 2**29
-        assert memory.peak_reserved >= 0.9 * memory.peak_allocated
+        assert memory.peak_reserved >= memory.peak_allocated
     assert {gain.best for gain in stack_gains(result)} <= {"hf", "hf_static"}
     assert all(row.peak_bytes is not None for row in compare(result))
     assert result.machine["gpu"] == torch.cuda.get_device_name()
