@@ -45,7 +45,8 @@ test-slow: $(STAMP) ## the slow tests
 	python -m pytest -m slow $(TESTS)
 
 test-cluster: $(STAMP) ## the flows on a Kubernetes API on loopback, the manifests and the local stack (about 10 minutes)
-	python -m pytest tests/test_kubernetes*.py tests/test_infra*.py tests/test_images.py tests/test_stack.py tests/test_argo.py
+	python -m pytest tests/test_kubernetes*.py tests/test_infra*.py tests/test_images.py tests/test_stack.py tests/test_argo.py \
+		tests/test_s3_pipeline.py tests/test_mirror.py tests/test_nodes.py tests/test_tracking_server.py tests/test_security.py
 
 lint: $(STAMP) ## ruff and mypy
 	ruff check .

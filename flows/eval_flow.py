@@ -14,12 +14,13 @@ On a cluster, ``argo-workflows create`` makes this flow run for every checkpoint
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import cards
 import evaluation
+import run_files
 import support
-from metaflow import Config, FlowSpec, Parameter, card, catch, resources, step, trigger
+from cluster import Cluster
+from metaflow import Config, FlowSpec, Parameter, card, catch, step, trigger
 
 import matvlm
 from matvlm.artifacts import Checkpoint, EvalResult
@@ -29,6 +30,7 @@ from matvlm.storage import write_json
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
 
+@Cluster("evaluate", "profile")
 @trigger(event={"name": evaluation.EVENT, "parameters": {"checkpoint": "checkpoint"}})
 class EvalFlow(FlowSpec):
     DEFAULT_RECIPE = support.RECIPES / "easyvqa.yaml"
@@ -53,7 +55,6 @@ class EvalFlow(FlowSpec):
 
     @catch(var="failure", print_exception=False)
     @card(type="blank", id="evaluate", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def evaluate(self):
         recipe, (label, task) = self.settings(), self.input
@@ -72,18 +73,17 @@ class EvalFlow(FlowSpec):
         from matvlm.evaluate import compare, worst_regressions
 
         self.merge_artifacts(inputs, exclude=["result", "failure", "_catch_exception"])
-        recipe, folder = self.settings(), Path(self.folder)
+        recipe = self.settings()
         with support.stage(self, recipe, "compare") as reporter:
-            teacher, student = evaluation.join_tasks(self.models, inputs, folder / "evaluation")
+            teacher, student = evaluation.join_tasks(self.models, inputs, run_files.path(self, "evaluation"))
             scores, shown = compare(teacher, student), recipe.evaluate.samples_shown
             regressions = worst_regressions(teacher.samples_uri, student.samples_uri, shown, recipe.seed)
-            report.write_comparison(scores, regressions, folder / "report", reporter)
+            report.write_comparison(scores, regressions, run_files.path(self, "report"), reporter)
             cards.show_comparison([], [], scores, regressions)
-        self.results = [result.model_dump(mode="json") for result in (teacher, student)]
+        self.results = [run_files.keep(self, result) for result in (teacher, student)]
         self.next(self.profile)
 
     @card(type="blank", id="profile", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def profile(self):
         models = map(Checkpoint.model_validate, self.models.values())
@@ -100,26 +100,24 @@ class EvalFlow(FlowSpec):
             teacher, student = self.evaluated()
             verdict = judge(recipe, teacher, student)
             reporter.metrics(verdict.numbers)
-            place = Path(self.folder) / "report" / "verdict.json"
+            place = run_files.path(self, "report") / "verdict.json"
             write_json(place, verdict.model_dump(mode="json"))
             reporter.artifact(place, "report")
         aliases = None
         if version := self.version:
-            tracker = support.tracker_of(self, recipe)
-            aliases = tracker.promote(version["name"], version["checkpoint_uri"], verdict, version["number"])
+            with run_files.tracking(self, recipe) as tracker:
+                aliases = tracker.promote(version["name"], version["checkpoint_uri"], verdict, version["number"])
         evaluation.print_verdict(verdict, aliases)
         self.next(self.end)
 
     @step
     def end(self):
         _, student = self.evaluated()
-        tracker = support.tracker_of(self, self.settings())
-        tracker.summary(student.metrics)
-        tracker.finish("FINISHED")
+        run_files.finish(self, self.settings(), student.metrics)
         scores = "\n".join(f"{name}: {value:.4f}" for name, value in sorted(student.metrics.items()))
         print(f"{student.checkpoint_uri}, {student.num_questions:,} questions\n{scores}\n")
         for name in ("scores.md", "profile.md"):
-            print((Path(self.folder) / "report" / name).read_text())
+            print((run_files.path(self, "report") / name).read_text())
 
     def evaluated(self) -> list[EvalResult]:
         """Of teacher and student."""

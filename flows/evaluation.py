@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cards
+import run_files
 import support
 from metaflow.integrations import ArgoEvent
 
@@ -17,7 +18,7 @@ from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
 from matvlm.config import Recipe
 from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
-from matvlm.storage import folder_name
+from matvlm.storage import folder_name, join
 
 EVENT = "matvlm-checkpoint"
 """Published on a cluster for every registered checkpoint; its payload has ``checkpoint``, the registered version."""
@@ -31,7 +32,7 @@ def profile_models(flow: Any, recipe: Recipe, models: Iterable[Checkpoint], titl
     page = cards.ProfileCard(title)
     with support.stage(flow, recipe, "profile", page) as reporter:
         result = profile(list(models), recipe.profile, reporter, support.device())
-        write_profile(result, Path(flow.folder) / "report", reporter)
+        write_profile(result, run_files.path(flow, "report"), reporter)
         page.show(result)
     return result
 
@@ -45,10 +46,12 @@ def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Report
     from matvlm.evaluate import EvaluationError, evaluate
 
     settings = recipe.evaluate.model_copy(update={"tasks": [task]})
-    out = support.runs_folder() / "evaluations" / folder_name(model.uri) / f"{task}-{settings.limit or 'all'}"
+    shared = run_files.mirror(join(run_files.runs_uri(), "evaluations", folder_name(model.uri)))
+    part = f"{task}-{settings.limit or 'all'}"
     try:
-        with _alone(out):
-            return evaluate(model, settings, settings.limit, out, reporter, device)
+        with _alone(shared.folder / f"{part}.lock"), shared:
+            result = evaluate(model, settings, settings.limit, shared.open(part), reporter, device)
+        return result.model_copy(update={"samples_uri": shared.uri_of(result.samples_uri)})
     except EvaluationError as error:
         raise EvaluationError(error.failed.get(task, str(error)), error.failed) from error
 
@@ -90,10 +93,10 @@ def _failed(model: Checkpoint, task: str, done: Any) -> EvalResult:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Another run that wants the same answers waits here, and finds them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as file:
+def _alone(lock: Path) -> Iterator[None]:
+    """Another run on this machine that wants the same answers waits here, and finds them."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -105,7 +108,9 @@ class Registrar(Reporter):
         self.flow, self.recipe, self.init = flow, recipe, init
 
     def published(self, folder: str, updates: int) -> None:
-        register(self.flow, self.recipe, folder, {}, {"init": self.init, "updates": str(updates)})
+        files = run_files.mirror(self.flow.folder)
+        files.push()  # whoever hears of it may be elsewhere
+        register(self.flow, self.recipe, files.uri_of(folder), {}, {"init": self.init, "updates": str(updates)})
 
 
 def register(
@@ -115,12 +120,14 @@ def register(
 
     None when MLflow is away: then it is registered later, without an event.
     """
-    tracker, name = support.tracker_of(flow, recipe), recipe.tracking.model_name
-    version = tracker.register(name, uri, "student", metrics, {"recipe": recipe.name, **tags})
-    if verdict:
-        print_verdict(verdict, tracker.promote(name, uri, verdict))
-    if version:
-        announce(f"models:/{name}/{version}", Path(flow.folder) / "announced" / f"{name}-{version}")
+    name = recipe.tracking.model_name
+    with run_files.tracking(flow, recipe) as tracker:
+        version = tracker.register(name, uri, "student", metrics, {"recipe": recipe.name, **tags})
+        if verdict:
+            print_verdict(verdict, tracker.promote(name, uri, verdict))
+        if version:
+            told = run_files.path(flow, "announced", run_files.task_name(flow))
+            announce(f"models:/{name}/{version}", told / f"{name}-{version}")
     return version
 
 
@@ -129,7 +136,7 @@ def announce(checkpoint: str, told: Path) -> None:
     if "ARGO_WORKFLOW_TEMPLATE" not in os.environ or told.exists():
         return  # elsewhere Metaflow publishes nothing, and prints that for each
     if ArgoEvent(EVENT).safe_publish({"checkpoint": checkpoint}):
-        told.parent.mkdir(exist_ok=True)
+        told.parent.mkdir(parents=True, exist_ok=True)
         told.touch()
 
 

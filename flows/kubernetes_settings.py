@@ -22,6 +22,11 @@ def problem(words: Sequence[str]) -> str | None:
     return "\n  ".join(["--with kubernetes: this is not set up yet:", *missing]) + f"\n{GUIDE}"
 
 
+def asked_for(words: Sequence[str]) -> bool:
+    """Whether the command line ``words`` is of a run on a cluster, a task of one, or a deployment."""
+    return any(word.partition(":")[0] in ("kubernetes", "argo-workflows", "--with=kubernetes") for word in words)
+
+
 def _options(words: Sequence[str], name: str) -> list[str]:
     """The values of the option ``name``, given as two words or with an equals sign."""
     spaced = [value for word, value in itertools.pairwise(words) if word == name]

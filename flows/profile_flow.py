@@ -11,11 +11,12 @@ id. The recipe's ``profile`` section says what is measured; ``--set "profile={pr
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import evaluation
+import run_files
 import support
-from metaflow import Config, FlowSpec, Parameter, card, resources, step
+from cluster import Cluster
+from metaflow import Config, FlowSpec, Parameter, card, step
 
 import matvlm
 from matvlm.artifacts import Checkpoint
@@ -24,6 +25,7 @@ from matvlm.config import Recipe
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
 
+@Cluster("profile")
 class ProfileFlow(FlowSpec):
     DEFAULT_RECIPE = support.RECIPES / "easyvqa.yaml"
     recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=Recipe))
@@ -43,7 +45,6 @@ class ProfileFlow(FlowSpec):
         self.next(self.profile)
 
     @card(type="blank", id="profile", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def profile(self):
         models = map(Checkpoint.model_validate, self.models)
@@ -53,8 +54,8 @@ class ProfileFlow(FlowSpec):
 
     @step
     def end(self):
-        support.tracker_of(self, self.settings()).finish("FINISHED")
-        print((Path(self.folder) / "report" / "profile.md").read_text())
+        run_files.finish(self, self.settings())
+        print((run_files.path(self, "report") / "profile.md").read_text())
 
     def settings(self) -> Recipe:
         return Recipe.model_validate(self.recipe.to_dict())

@@ -1,4 +1,4 @@
-"""What the flows share: reading the recipe, the run's folder, the MLflow side of a step, and how a run is continued.
+"""What the flows share: reading the recipe, opening a run and its steps, and how a run is continued.
 
 ``main(Flow)`` is what each flow file ends with. It adds ``--set field.path=value`` to Metaflow's ``run``, refuses a bad
 recipe before anything starts, and ends a failed run by printing the command that continues it.
@@ -28,6 +28,7 @@ for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
     os.environ.setdefault(name, "1")
 
 import kubernetes_settings  # noqa: E402
+import run_files  # noqa: E402
 from metaflow import FlowSpec, Run, current  # noqa: E402
 from metaflow.exception import MetaflowException  # noqa: E402
 from metaflow.util import get_username  # noqa: E402
@@ -36,7 +37,8 @@ from matvlm.config import Recipe, Section  # noqa: E402
 from matvlm.models.layers import check_choice  # noqa: E402
 from matvlm.recipes import RecipeError, parse_recipe, split_overrides  # noqa: E402
 from matvlm.reporting import Reporter, Reporters  # noqa: E402
-from matvlm.tracking import Tracker, environment, flatten  # noqa: E402
+from matvlm.storage import join  # noqa: E402
+from matvlm.tracking import environment, flatten  # noqa: E402
 
 RECIPES = ROOT / "flows" / "recipes"
 KEPT_OPTIONS = ("--max-workers", "--with")
@@ -46,44 +48,37 @@ KEPT_VARIABLE = "MATVLM_RUN_OPTIONS"
 Kind = TypeVar("Kind", bound=Section)
 
 
-def runs_folder() -> Path:
-    """Where runs keep their files: ``MATVLM_RUNS``, or ``runs`` in the current folder."""
-    return Path(os.environ.get("MATVLM_RUNS", "runs")).resolve()
-
-
 def open_run(recipe: Any, **tags: str) -> tuple[str, str]:
     """Name a new run, make its folder, open its MLflow run. The names are artifacts, so a resumed run keeps them.
 
     Returns:
-        The run's key, under which MLflow finds its runs again, and the folder of its files.
+        The run's key, under which MLflow finds its runs again, and where its files are.
     """
     run_key = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    folder = runs_folder() / run_key
-    folder.mkdir(parents=True)
+    folder = join(run_files.runs_uri(), run_key)
     _set_threads(recipe)
-    tracker = Tracker(run_key, folder, recipe.tracking.experiment)
     tags |= {"flow": current.flow_name, "metaflow_run": current.run_id, "recipe": recipe.name}
-    tracker.parent({**flatten(recipe.model_dump(mode="json")), **environment()}, tags)
+    with run_files.tracker(run_key, folder, recipe.tracking.experiment, current.step_name) as tracker:
+        tracker.parent({**flatten(recipe.model_dump(mode="json")), **environment()}, tags)
     print(f"Files of this run: {folder}\nIf it is interrupted: {resume_command(current.run_id)}")
-    return run_key, str(folder)
-
-
-def tracker_of(flow: Any, recipe: Any) -> Tracker:
-    return Tracker(flow.run_key, Path(flow.folder), recipe.tracking.experiment)
+    return run_key, folder
 
 
 @contextmanager
 def stage(flow: Any, recipe: Any, name: str, *listeners: Reporter) -> Iterator[Reporter]:
-    """The MLflow run of one step, and what else listens to it; sets the recipe's number of torch threads."""
+    """The MLflow run of one step, and what else listens to it; sets the recipe's number of torch threads.
+
+    Whatever the block writes in the run's folder is kept there, from time to time and when it ends.
+    """
     _set_threads(recipe)
-    with clear_errors(name), tracker_of(flow, recipe).step(name) as run:
+    with clear_errors(name), run_files.tracking(flow, recipe) as tracker, tracker.step(name) as run:
         yield Reporters(run, *listeners)
 
 
 def _set_threads(recipe: Any) -> None:
     import torch
 
-    torch.set_num_threads(recipe.resources.cpu)
+    torch.set_num_threads(recipe.resources.of(current.step_name).cpu)
 
 
 class StepError(MetaflowException):
@@ -211,7 +206,7 @@ def _after_failure(flow_name: str, run_id: str) -> None:
         run_key, folder, recipe = started.run_key, started.folder, started.recipe
     except (MetaflowException, KeyError, AttributeError):
         return
-    Tracker(run_key, Path(folder), recipe["tracking"]["experiment"]).finish("FAILED")
+    run_files.close(run_key, folder, recipe["tracking"]["experiment"], "FAILED", "launcher")
     print(f"\nThe run stopped. Continue it with:\n    {resume_command(run_id)}", file=sys.stderr)
 
 

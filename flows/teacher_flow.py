@@ -8,9 +8,10 @@ start -> prepare_data -> train -> evaluate -> end. The product is a model folder
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
+import run_files
 import support
+from cluster import Cluster
 from metaflow import Config, FlowSpec, step
 
 import matvlm
@@ -21,6 +22,7 @@ from matvlm.pretrain import PretrainRecipe, pretrain, write_card
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
 
+@Cluster("train", "evaluate")
 class TeacherFlow(FlowSpec):
     DEFAULT_RECIPE = support.RECIPES / "teacher-easyvqa.yaml"
     recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=PretrainRecipe))
@@ -34,7 +36,8 @@ class TeacherFlow(FlowSpec):
     def prepare_data(self):
         recipe = self.settings()
         with support.stage(self, recipe, "prepare_data") as reporter:
-            self.data = prepare(recipe.data, recipe.seed, Path(self.folder) / "data", reporter).model_dump(mode="json")
+            data = prepare(recipe.data, recipe.seed, run_files.path(self, "data"), reporter)
+        self.data = run_files.keep(self, data)
         self.next(self.train)
 
     @step
@@ -42,8 +45,8 @@ class TeacherFlow(FlowSpec):
         recipe = self.settings()
         with support.stage(self, recipe, "train") as reporter:
             data = DataManifest.model_validate(self.data)
-            teacher = pretrain(recipe, data, Path(self.folder) / "teacher", reporter, support.device())
-        self.teacher = teacher.model_dump(mode="json")
+            teacher = pretrain(recipe, data, run_files.path(self, "teacher"), reporter, support.device())
+        self.teacher = run_files.keep(self, teacher)
         self.next(self.evaluate)
 
     @step
@@ -51,18 +54,16 @@ class TeacherFlow(FlowSpec):
         from matvlm.evaluate import evaluate
 
         recipe = self.settings()
-        teacher, out = Checkpoint.model_validate(self.teacher), Path(self.folder) / "evaluation"
+        teacher, out = Checkpoint.model_validate(self.teacher), run_files.path(self, "evaluation")
         with support.stage(self, recipe, "evaluate") as reporter:
             result = evaluate(teacher, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
-        write_card(Path(teacher.uri), recipe, teacher, result)
-        self.result = result.model_dump(mode="json")
+            write_card(run_files.path(self, "teacher"), recipe, teacher, result)
+        self.result = run_files.keep(self, result)
         self.next(self.end)
 
     @step
     def end(self):
-        tracker = support.tracker_of(self, self.settings())
-        tracker.summary(self.result["metrics"])
-        tracker.finish("FINISHED")
+        run_files.finish(self, self.settings(), self.result["metrics"])
         print(f"Teacher: {self.teacher['uri']}\nScores: {self.result['metrics']}")
 
     def settings(self) -> PretrainRecipe:

@@ -2,8 +2,11 @@
 
     python flows/train_flow.py --config recipe flows/recipes/easyvqa.yaml run
 
-start -> prepare_data -> teacher_targets (a task per shard) -> join_targets -> init_hybrid -> distill (a task per
-initialisation) -> join_students -> list_models -> evaluate (a task per model) -> compare -> profile -> register -> end
+start -> prepare_data -> teacher_targets (a task per shard) -> join_targets -> init_hybrid -> choose_nodes -> distill (a
+task per initialisation) -> collect -> join_students -> list_models -> evaluate (a task per model) -> compare ->
+profile -> register -> end
+
+Over several nodes (``resources.nodes``), spread -> distill_on_nodes -> join_nodes takes the place of distill.
 
 Steps are thin: each hands artifacts of ``matvlm.artifacts`` (as JSON) to one library call. Files live in the run's
 folder.
@@ -15,19 +18,25 @@ from functools import partial
 from pathlib import Path
 
 import cards
+import distillation
 import evaluation
+import run_files
 import support
-from metaflow import Config, FlowSpec, card, resources, step
+from cluster import Cluster
+from metaflow import Config, FlowSpec, card, current, parallel, step
 
 import matvlm
-from matvlm.artifacts import Checkpoint, DataManifest, EvalResult, ProfileResult, TargetStore
+from matvlm.artifacts import Checkpoint, DataManifest, EvalResult, ProfileResult
 from matvlm.config import Recipe
+from matvlm.processes import ONE_NODE, Nodes
+from matvlm.storage import join
 
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
 UNTRAINED = "student, untrained"
 
 
+@Cluster("teacher_targets", "init_hybrid", "distill", "evaluate", "profile")
 class TrainFlow(FlowSpec):
     DEFAULT_RECIPE = support.RECIPES / "easyvqa.yaml"
     recipe = Config("recipe", default=str(DEFAULT_RECIPE), parser=partial(support.parse, kind=Recipe))
@@ -50,11 +59,10 @@ class TrainFlow(FlowSpec):
             support.check_layers(recipe, len(decoder_layers(model)))
             encoder = Encoder(processor, recipe.data.max_length)
             data = prepare(recipe.data, recipe.seed, self.path("data"), reporter, encoder)
-        self.data = data.model_dump(mode="json")
+        self.data = run_files.keep(self, data)
         self.shards = list(range(recipe.targets.shards))
         self.next(self.teacher_targets, foreach="shards")
 
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def teacher_targets(self):
         from matvlm.targets import TargetJob
@@ -62,7 +70,7 @@ class TrainFlow(FlowSpec):
         recipe, data = self.settings(), DataManifest.model_validate(self.data)
         with support.stage(self, recipe, f"teacher_targets[{self.input}]") as reporter:
             model, processor = support.load_teacher(recipe, support.device(self.index))
-            job = TargetJob(recipe, model, processor, data, str(self.path("targets")))
+            job = TargetJob(recipe, model, processor, data, self.targets_uri())
             job.compute([self.input], reporter)
         self.identity = job.identity.model_dump(mode="json")
         self.next(self.join_targets)
@@ -74,11 +82,10 @@ class TrainFlow(FlowSpec):
         self.merge_artifacts(inputs)
         recipe, identity = self.settings(), Identity.model_validate(self.identity)
         with support.stage(self, recipe, "join_targets") as reporter:
-            store = join_shards(str(self.path("targets")), recipe.targets.shards, identity, reporter)
+            store = join_shards(self.targets_uri(), recipe.targets.shards, identity, reporter)
         self.targets = store.model_dump(mode="json")
         self.next(self.init_hybrid)
 
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def init_hybrid(self):
         from matvlm.distill import init_student
@@ -88,7 +95,9 @@ class TrainFlow(FlowSpec):
         teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
         with support.stage(self, recipe, "init_hybrid") as reporter:
             if recipe.hybrid.layers == "sensitivity":
-                report = choose_by_sensitivity(recipe, teacher, data, self.path("init"), reporter, support.device())
+                report = choose_by_sensitivity(
+                    recipe, teacher, data, self.path("sensitivity"), reporter, support.device()
+                )
                 layers = report.chosen
                 print(report.table())
             students = [
@@ -96,30 +105,49 @@ class TrainFlow(FlowSpec):
                 for init in recipe.hybrid.variants
             ]
             reporter.metrics({"replaced_layers": len(students[0].layers), "parameters": students[0].parameters})
-        self.students = [student.model_dump(mode="json") for student in students]
-        self.next(self.distill, foreach="students")
+        self.students = [run_files.keep(self, student) for student in students]
+        self.next(self.choose_nodes, foreach="students")
+
+    @step
+    def choose_nodes(self):
+        self.student = self.input
+        self.nodes = self.settings().resources.of("distill").nodes
+        self.where = "one_node" if self.nodes == 1 else "several_nodes"
+        self.next({"one_node": self.distill, "several_nodes": self.spread}, condition="where")
 
     @card(type="blank", id="distill", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def distill(self):
-        from matvlm.distill.job import DistillJob
-        from matvlm.distill.launch import run
+        self.trained = distillation.distill(self, self.settings(), ONE_NODE)
+        self.next(self.collect)
 
-        recipe, student = self.settings(), Checkpoint.model_validate(self.input)
-        teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
-        targets, folder = TargetStore.model_validate(self.targets), self.path("distill", str(student.init))
-        progress = cards.DistillCard(f"Distilling {recipe.name}, initialisation {student.init}")
-        registrar = evaluation.Registrar(self, recipe, str(student.init))
-        with support.stage(self, recipe, f"distill[{student.init}]", progress, registrar) as reporter:
-            job = DistillJob(recipe=recipe, student=student, teacher=teacher, data=data, targets=targets, folder=folder)
-            trained = run(job, reporter, support.device())
-        self.trained = trained.model_dump(mode="json")
+    @step
+    def spread(self):
+        self.next(self.distill_on_nodes, num_parallel=self.nodes)
+
+    @card(type="blank", id="distill", refresh_interval=1)
+    @parallel
+    @step
+    def distill_on_nodes(self):
+        place = current.parallel
+        nodes = Nodes(place.node_index, place.num_nodes, place.main_ip, distillation.port(current.run_id, self.student))
+        self.trained = distillation.distill(self, self.settings(), nodes)
+        self.next(self.join_nodes)
+
+    @step
+    def join_nodes(self, inputs):
+        self.merge_artifacts(inputs, exclude=["trained"])
+        self.trained = next(task.trained for task in inputs if task.trained)
+        self.next(self.collect)
+
+    @step
+    def collect(self):
+        """Both ways lead here, as Argo Workflows want it."""
         self.next(self.join_students)
 
     @step
     def join_students(self, inputs):
-        self.merge_artifacts(inputs, exclude=["trained"])
+        self.merge_artifacts(inputs, exclude=["trained", "student"])
         self.distilled = {task.trained["init"]: task.trained for task in inputs}
         self.next(self.list_models)
 
@@ -133,7 +161,6 @@ class TrainFlow(FlowSpec):
         self.next(self.evaluate, foreach="models")
 
     @card(type="blank", id="evaluate", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def evaluate(self):
         from matvlm.evaluate import evaluate
@@ -146,7 +173,7 @@ class TrainFlow(FlowSpec):
             out = self.path("evaluation", support.file_name(model.label))
             result = evaluate(model, recipe.evaluate, limit, out, reporter, support.device())
             page.show(result)
-        self.result = result.model_dump(mode="json")
+        self.result = run_files.keep(self, result)
         self.next(self.compare)
 
     @card(type="blank", id="compare")
@@ -170,7 +197,6 @@ class TrainFlow(FlowSpec):
         self.next(self.profile)
 
     @card(type="blank", id="profile", refresh_interval=1)
-    @resources(gpu=recipe.resources.gpu, cpu=recipe.resources.cpu, memory=recipe.resources.memory_mb)
     @step
     def profile(self):
         models = map(Checkpoint.model_validate, self.models[:2])
@@ -188,7 +214,6 @@ class TrainFlow(FlowSpec):
         results = [EvalResult.model_validate(result) for result in self.results]
         table = report.rows(models, results, report.common_task(recipe.evaluate.tasks, results))
         self.headline = report.headline(table, ProfileResult.model_validate(self.speed))
-        support.tracker_of(self, recipe).summary(self.headline)
         tags, verdict = {"layers": str(models[1].layers)}, judge(recipe, results[0], results[1])
         self.version = evaluation.register(self, recipe, models[1].uri, self.headline, tags, verdict)
         self.next(self.end)
@@ -196,21 +221,22 @@ class TrainFlow(FlowSpec):
     @step
     def end(self):
         recipe = self.settings()
-        support.tracker_of(self, recipe).finish("FINISHED")
-        print(self.path("report", "accuracy.md").read_text())
-        print(self.path("report", "profile.md").read_text())
+        run_files.finish(self, recipe, self.headline)
+        for name in ("accuracy.md", "profile.md"):
+            print((self.path("report") / name).read_text())
         print(f"Student: {self.models[1]['uri']}  ({recipe.tracking.model_name} version {self.version})")
-        print(f"Reports: {self.path('report')}")
+        print(f"Reports: {self.folder}/report")
         print(f"Compare runs: mlflow ui    Cards: python {support.script()} card server")
 
     def settings(self) -> Recipe:
         return Recipe.model_validate(self.recipe.to_dict())
 
     def path(self, *parts: str) -> Path:
-        """A place in the run's folder; its parent exists."""
-        path = Path(self.folder, *parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return run_files.path(self, *parts)
+
+    def targets_uri(self) -> str:
+        """Written and read where they are kept: tasks that share the work see each other's shards."""
+        return join(self.folder, "targets")
 
 
 if __name__ == "__main__":

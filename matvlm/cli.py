@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", metavar="DST", help="the folder to write: a new or an empty one")
 
     command = add("sync", _sync, "send to MLflow what it has missed of a run")
-    command.add_argument("folder", metavar="FOLDER", help="the run's folder, the one that holds tracking/")
+    command.add_argument(
+        "folder", metavar="FOLDER", help="the run's folder, also on s3://, the one that holds tracking/"
+    )
 
     command = add("watch", _watch, "evaluate every new checkpoint, once, as they appear", WATCHING)
     command.add_argument("recipe", metavar="RECIPE", help="what they are evaluated by, with its promotion thresholds")

@@ -485,15 +485,74 @@ class Tracking(Section):
     """Registered model name; MLflow refuses ``. / : %`` and quotes in it."""
 
 
-class Resources(Section):
-    """Per step; ignored by local runs except ``cpu``, the number of torch threads of a step, and ``processes``."""
+StepName = Literal[
+    "start",
+    "prepare_data",
+    "teacher_targets",
+    "join_targets",
+    "init_hybrid",
+    "distill",
+    "list_models",
+    "evaluate",
+    "compare",
+    "profile",
+    "register",
+    "gate",
+    "train",
+    "end",
+]
+"""Of the flows."""
+
+
+class StepResources(Section):
+    """What a step asks a cluster for; None: what the section ``resources`` says."""
+
+    cpu: Count | None = None
+    memory_mb: Count | None = None
+    gpu: Annotated[int, Field(ge=0)] | None = None
+    shared_memory_mb: Count | None = None
+    """Of a pod, which has 64 MB otherwise; NCCL and data workers need more."""
+    disk_mb: Count | None = None
+    """For models, images and caches; Metaflow asks for 10,240 otherwise."""
+    image: str | None = None
+    """Container image; otherwise METAFLOW_KUBERNETES_CONTAINER_IMAGE."""
+    node_selector: dict[str, str] | None = None
+    """Labels of the nodes that will do, for a kind of GPU ``{nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}``."""
+    tolerations: list[dict[str, str | int]] | None = None
+    """Taints of nodes that do not matter, as Kubernetes writes them."""
+    retries: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Further attempts on a cluster, after an error or a lost pod. A local run stops, and is resumed."""
+    timeout_hours: Annotated[float, Field(gt=0)] | None = None
+    """After so long an attempt is given up."""
+
+
+class Resources(StepResources):
+    """Of every step that computes with a model; others get 1 CPU and 4,096 MB.
+
+    Local runs look at ``cpu``, the number of torch threads of a step, at ``processes`` and at ``timeout_hours``.
+    """
 
     cpu: Count = 1
     memory_mb: Count = 4096
     gpu: Annotated[int, Field(ge=0)] = 0
+    retries: Annotated[int, Field(ge=0, le=5)] = 2
+    retry_minutes: Annotated[int, Field(ge=0)] = 2
+    """Between two attempts."""
     processes: Count | None = None
     """Of the distillation and of ``python -m matvlm targets``, also in local runs; null is one for each GPU, or one
     where there is none."""
+    nodes: Count = 1
+    """Pods that share the distillation, each with ``gpu`` GPUs, or ``processes`` processes."""
+    steps: dict[StepName, StepResources] = {}
+    """Where a step differs; one that does not compute with a model asks for what is said here alone."""
+
+    def own(self, step: str) -> StepResources:
+        """What is said of ``step`` alone."""
+        return self.steps.get(step, StepResources())  # type: ignore[call-overload]
+
+    def of(self, step: str) -> Resources:
+        """With what ``step`` has of its own in place of what is said for all."""
+        return self.model_copy(update=self.own(step).model_dump(exclude_none=True))
 
 
 class Recipe(Section):

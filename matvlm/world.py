@@ -1,7 +1,7 @@
 """The processes of one run: who this one is among them, and the few numbers that they tell each other.
 
 torchrun starts them, one a GPU, or whatever else sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
-What is exchanged here are counts, losses and answers; gradients are the engine's.
+What is exchanged here are counts, losses, answers and, once, what a run goes on from; gradients are the engine's.
 """
 
 from __future__ import annotations
@@ -46,20 +46,41 @@ class World:
             dist.barrier()
 
     def from_first(self, make: Callable[[], Made]) -> Made:
-        """The plain value that ``make`` returns in the first process, after hours maybe; the others wait for it."""
+        """The value that ``make`` returns in the first process, after hours maybe; the others wait for it.
+
+        A plain value, or nested dicts, lists and tuples with CPU tensors, which are sent one by one.
+        """
         if self.size == 1:
             return make()
         group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-        made: list[Any] = [make() if self.is_first else None]
-        dist.broadcast_object_list(made, src=0, group=group)
+        made = make() if self.is_first else None
+        form = [_each_tensor(made, lambda tensor: tensor.to("meta"))]
+        dist.broadcast_object_list(form, src=0, group=group)
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            value = tensor.contiguous() if self.is_first else torch.empty(tensor.shape, dtype=tensor.dtype)
+            dist.broadcast(value, src=0, group=group)
+            return value
+
+        value: Made = _each_tensor(made if self.is_first else form[0], send)
         dist.destroy_process_group(group)
-        value: Made = made[0]
         return value
 
     def leave(self) -> None:
         """The others, after the last exchange with them."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value``, nested dicts, lists and tuples, with ``change`` made of every tensor, in the same order everywhere."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _each_tensor(part, change) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_each_tensor(part, change) for part in value)
+    return value
 
 
 def join(device: str, timeout: timedelta | None = None) -> tuple[World, str]:

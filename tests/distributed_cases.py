@@ -1,6 +1,7 @@
 """Distillations that ``test_distributed.py`` lets two processes do, one after the other, as starting is what costs.
 
 torchrun starts it as ``distributed_cases.py FOLDER``; every process leaves what it saw in ``FOLDER/seen-RANK.json``.
+The second one is given folders in ``FOLDER/second``, as one of another node would be.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ def do_all(folder: Path) -> None:
         if world.is_first:
             prepare()
         world.wait()
-        heard = Heard()
+        heard, place = Heard(), folder if world.is_first else folder / "second"
         try:
-            stage.run(folder / name, heard, recipe=recipe)
+            stage.run(place / name, heard, recipe=recipe)
             seen[name] = {"seen": heard.seen, "lost": heard.lost, "computed": heard.computed}
         except RuntimeError as error:
             seen[name] = {"error": str(error)}
@@ -116,6 +117,8 @@ def do_all(folder: Path) -> None:
     do("small", stage.but(**SMALL))
     begun = [folder / name / "snapshots/update-000002" for name in ("small", "small, continued")]
     do("small, continued", stage.but(**SMALL), lambda: shutil.copytree(*begun))
+    do("finished", stage.but(**SMALL), lambda: (folder / "finished").symlink_to(folder / "small"))
+    do("different", stage.recipe.model_copy(update={"seed": stage.recipe.seed + world.rank}))
     collate, Encoder.collate = Encoder.collate, breaking(stage)  # type: ignore[method-assign]
     do("broken", stage.recipe)
     do("broken, strict", stage.but(max_skipped_updates=0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,9 @@ import pytest
 import s3_server
 import yaml
 from flow_tools import FLOWS, WITH_DEBUG, environment, run_flow
+from hera.workflows.models import WorkflowTemplate
+from kube.schema import quantity
+from metaflow.plugins.catch_decorator import NUM_FALLBACK_RETRIES
 
 from matvlm.storage import list_files, read_bytes
 
@@ -137,6 +141,92 @@ def test_the_event_of_a_checkpoint_starts_it_with_that_checkpoint(deployed: dict
     source = given["spec.arguments.parameters.#(name=checkpoint).value"]
     assert source["dependencyName"] == dependency["name"]
     assert '(get $.Input.body.payload "checkpoint" | toRawJson)' in source["dataTemplate"]
+
+
+GPU = "matvlm:gpu-0.1.0"
+RESOURCES = {
+    "gpu": 2,
+    "cpu": 3,
+    "memory_mb": 9000,
+    "retries": 3,
+    "retry_minutes": 4,
+    "timeout_hours": 1.5,
+    "image": GPU,
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+    "steps": {"evaluate": {"gpu": 1, "retries": 1}, "prepare_data": {"memory_mb": 5000}},
+}
+COMPUTING = {
+    "train": {"teacher-targets", "init-hybrid", "distill", "evaluate", "profile"},
+    "eval": {"evaluate", "profile"},
+    "profile": {"profile"},
+    "teacher": {"train", "evaluate"},
+}
+"""Steps of each flow that ask for what the recipe says of all, as Argo names them."""
+
+
+@pytest.fixture(scope="module")
+def store(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Settings that lead a deployment to a bucket."""
+    folder = tmp_path_factory.mktemp("store")
+    with s3_server.empty_bucket(s3_endpoint, folder) as bucket:
+        yield s3_server.variables(s3_endpoint, folder) | {
+            "METAFLOW_DEFAULT_DATASTORE": "s3",
+            "METAFLOW_DATASTORE_SYSROOT_S3": f"{bucket}/metaflow",
+            "METAFLOW_S3_ENDPOINT_URL": s3_endpoint,
+        }
+
+
+def workflow(flow: str, folder: Path, store: dict[str, str], resources: dict[str, Any]) -> dict[str, Any]:
+    """What ``argo-workflows create`` would send for a flow whose recipe has these ``resources``."""
+    shipped = FLOWS / "recipes" / ("teacher-easyvqa.yaml" if flow == "teacher" else "debug.yaml")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(shipped.read_text()) | {"resources": resources}))
+    words = ("--config", "recipe", str(recipe), "argo-workflows", "create", "--only-json")
+    code, output = run_flow(folder, *words, flow=f"{flow}_flow.py", **store, **SENSOR)
+    assert code == 0, output
+    return dict(json.loads(output[output.index("{") : output.rindex("}") + 1]))
+
+
+@pytest.mark.parametrize(
+    "flow", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in list(COMPUTING)[1:])]
+)
+def test_every_flow_is_a_workflow_that_holds_together(flow: str, tmp_path: Path, store: dict[str, str]) -> None:
+    made = workflow(flow, tmp_path, store, RESOURCES)
+    WorkflowTemplate.model_validate(made)
+    templates = {template["name"]: template for template in made["spec"]["templates"]}
+    assert len(templates) == len(made["spec"]["templates"])
+    assert made["spec"]["entrypoint"] in templates
+    for name, template in templates.items():
+        assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?", name)
+        tasks = {task["name"]: task for task in template.get("dag", {}).get("tasks", [])}
+        for task in tasks.values():
+            assert task["template"] in templates
+            assert set(re.findall(r"[a-z][-a-z0-9]*", task.get("depends") or "")) - {"Succeeded", "ucceeded"} <= {
+                *tasks
+            }
+            assert set(task.get("dependencies") or []) <= tasks.keys()
+    steps = {name: made for name, made in templates.items() if "flow.py" in str(made.get("container"))}
+    assert COMPUTING[flow] < steps.keys()
+    for name, step in steps.items():
+        limit = 1 if name == "evaluate" else 3
+        caught = NUM_FALLBACK_RETRIES if (flow, name) == ("eval", "evaluate") else 0  # to say so where a pod dies
+        assert step["retryStrategy"]["limit"] == limit + caught
+        _check_step(name, step, name in COMPUTING[flow])
+
+
+def _check_step(name: str, step: dict[str, Any], computes: bool) -> None:
+    container = step["container"]
+    assert step["retryStrategy"]["backoff"]["duration"] == "4m"
+    requests, gpus = container["resources"]["requests"], container["resources"]["limits"].get("nvidia.com/gpu")
+    if not computes:
+        memory = 5e9 if name == "prepare-data" else 4.096e9
+        assert (container["image"], gpus, float(quantity(requests["memory"]))) == ("matvlm:gpu", None, memory)
+        return
+    assert (container["image"], gpus) == (GPU, "1" if name == "evaluate" else "2"), name
+    assert (float(quantity(requests["cpu"])), float(quantity(requests["memory"]))) == (3, 9e9)
+    assert (step["tolerations"], step["nodeSelector"]) == (RESOURCES["tolerations"], RESOURCES["node_selector"])
+    assert step["activeDeadlineSeconds"] == 5400
 
 
 ANNOUNCE = """

@@ -126,6 +126,15 @@ def test_a_batch_smaller_than_the_world(stage: Stage, two: Path, tmp_path: Path)
         assert_same_model(two / case, tmp_path)
 
 
+def test_processes_need_no_folder_in_common(two: Path) -> None:
+    """What is there already, a student or a snapshot, is the first one's to know; only inputs must be the same."""
+    assert not (two / "second").exists()
+    assert seen(two, "finished") == {"seen": {}, "lost": {}, "computed": []}
+    assert seen(two, "different")["error"].startswith(
+        "seed is 4 for rank 1 and 3 for rank 0: every node needs the same"
+    )
+
+
 def test_an_update_broken_in_one_process_is_skipped_in_both(
     stage: Stage, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

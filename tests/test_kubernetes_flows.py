@@ -1,11 +1,13 @@
 """Flows with ``--with kubernetes``, from end to end: every pod is a process that has the code package and nothing else.
 
-The training flow's story is told once, for several tests: the pod of ``distill`` is deleted and its retry goes on from
-the snapshot; the pods of ``profile`` are deleted until the run fails; ``resume`` does the rest.
+The story of the training flow is told once, for several tests: its distillation is a gang of two pods, of which one is
+deleted, and the retry goes on from the snapshot; the pods of ``profile`` are deleted until the run fails; ``resume``
+does the rest.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -16,24 +18,37 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flow_tools import FLOWS, WITH_DEBUG, Store, resume_commands, run_folder
-from kube.launch import Launcher, cluster, step_of
+from flow_tools import FLOWS, WITH_DEBUG, Store, resume_commands
+from kube.launch import IMAGE, Launcher, cluster, step_of
 from kube.schema import Object, quantity
 
-from matvlm.storage import list_files, read_bytes
+from matvlm.storage import exists, list_files, read_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KUBE = Path(__file__).parent / "kube"
 TRAIN = FLOWS / "train_flow.py"
-TWICE = ("teacher_targets", "distill", "profile")
-ONCE = ("start", "prepare_data", "join_targets", "init_hybrid", "join_students", "list_models", "compare")
-PODS = Counter([*ONCE, *TWICE, *TWICE, "evaluate", "evaluate", "evaluate"])
-"""Pods of the run that fails, by step: two of the targets' shards, two attempts at ``distill`` and at ``profile``."""
-ASKING = {"teacher_targets", "init_hybrid", "distill", "evaluate", "profile"}
+TWICE = ("teacher_targets", "distill_on_nodes", "profile")
+ONCE = ("start", "prepare_data", "join_targets", "init_hybrid", "choose_nodes", "spread", "join_nodes", "collect")
+PODS = Counter([*ONCE, "join_students", "list_models", "compare", *TWICE, *TWICE, "evaluate", "evaluate", "evaluate"])
+"""Jobs and JobSets of the run that fails, by step: two of the targets' shards, two attempts at the distillation and at
+``profile``."""
+ASKING = {"teacher_targets", "init_hybrid", "distill_on_nodes", "evaluate", "profile"}
 """Steps whose pods get what the recipe's section ``resources`` asks for."""
 MEMORY_MB, UPDATES = 5000, 20
-RETRY = ("--with", "retry:times=1,minutes_between_retries=0")
+RESOURCES = (
+    f"resources.memory_mb={MEMORY_MB}",
+    "resources.nodes=2",
+    "resources.retries=1",
+    "resources.retry_minutes=0",
+)
+PLACE = {
+    "image": "matvlm:gpu-0.1.0",
+    "node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "shared_memory_mb": 256,
+}
+"""Of the distillation alone."""
 TOKEN = "hf_known-to-the-tasks-alone"
 
 
@@ -115,8 +130,8 @@ class Story:
     """Exit status of the run and of its continuation."""
     outputs: tuple[str, str]
     jobs: tuple[list[Object], list[Object]]
-    snapshots: dict[str, tuple[int, int]]
-    """Those that were whole when the pod of ``distill`` was deleted."""
+    snapshots: Counter[str]
+    """Those that were whole when a pod of the distillation was deleted."""
     ranks: int
     """Processes that shared its work."""
 
@@ -124,16 +139,17 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("kubernetes")
-    secret = {"MATVLM_RUNS": str(folder / "runs"), "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    secret = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
     with cluster(folder, **secret, HF_TOKEN=TOKEN) as launcher:
-        words = ("run", "--with", "kubernetes", *RETRY, "--max-workers", "2")
-        settings = (f"resources.memory_mb={MEMORY_MB}", "resources.processes=2")
+        launcher.keep_versions()
+        words = ("run", "--with", "kubernetes", "--max-workers", "2")
+        settings = (*RESOURCES, f"resources.steps.distill={json.dumps(PLACE)}")
         settings += ("distill.epochs=3", f"distill.max_updates={UPDATES}", f"distill.keep_checkpoints={UPDATES}")
         flow = launcher.start(TRAIN, *WITH_DEBUG, *words, "--set", *settings)
-        flow.wait_until(lambda: snapshots(folder) != {})
-        ranks = sum(command[1:4] == ["-m", "matvlm", "distill"] for command in commands(folder / "cluster"))
-        assert launcher.delete_running("distill")
-        done = snapshots(folder)
+        flow.wait_until(lambda: bool(snapshots(launcher)))
+        ranks = sum(command[1:4] == ["-m", "matvlm", "distill"] for command in commands(launcher.folder / "cluster"))
+        assert len(launcher.delete_running("distill_on_nodes", at_most=1)) == 1
+        done = snapshots(launcher)
         while flow.process.poll() is None:
             launcher.delete_running("profile")
             time.sleep(0.2)
@@ -144,10 +160,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         yield Story(launcher, codes, (flow.output, resumed.output), (first, created[len(first) :]), done, ranks)
 
 
-def snapshots(folder: Path) -> dict[str, tuple[int, int]]:
-    """The whole ones of all runs: inode of the file, and time of its last change in ns."""
-    names = [name for name in list_files(folder / "runs") if name.endswith("/snapshot.json")]
-    return {name: ((stat := (folder / "runs" / name).stat()).st_ino, stat.st_mtime_ns) for name in names}
+def snapshots(launcher: Launcher) -> Counter[str]:
+    """The whole ones, and how often each was written."""
+    return Counter({name: count for name, count in launcher.versions().items() if name.endswith("/snapshot.json")})
+
+
+def run_key(launcher: Launcher) -> str:
+    """Of the only run."""
+    tops = {name.split("/")[0] for name in list_files(f"{launcher.store}/metaflow/matvlm-runs")}
+    (key,) = tops - {"snapshots"}
+    return key
 
 
 def test_every_step_is_a_pod_and_every_object_is_one_that_a_cluster_takes(story: Story) -> None:
@@ -161,32 +183,59 @@ def test_every_step_is_a_pod_and_every_object_is_one_that_a_cluster_takes(story:
 
 def test_pods_ask_for_what_the_recipe_says(story: Story) -> None:
     for made in (*story.jobs[0], *story.jobs[1]):
-        requests = container(made)["resources"]["requests"]
-        wanted = MEMORY_MB * 10**6 if step_of(made) in ASKING else 4096 * 10**6
-        assert (quantity(requests["memory"]), quantity(requests["cpu"])) == (wanted, 1), step_of(made)
-        assert made["spec"]["template"]["spec"]["serviceAccountName"] == "tasks"
+        for spec in pod_specs(made):
+            (main,) = spec["containers"]
+            requests = main["resources"]["requests"]
+            wanted = MEMORY_MB * 10**6 if step_of(made) in ASKING else 4096 * 10**6
+            assert (quantity(requests["memory"]), quantity(requests["cpu"])) == (wanted, 1), step_of(made)
+            assert spec["serviceAccountName"] == "tasks"
+            if step_of(made) == "distill_on_nodes":
+                assert (main["image"], spec["nodeSelector"]) == (PLACE["image"], PLACE["node_selector"])
+                assert spec["tolerations"] == PLACE["tolerations"]
+                assert {"mountPath": "/dev/shm", "name": "dhsm"} in main["volumeMounts"]
+            else:
+                assert (main["image"], spec.get("tolerations") or []) == (IMAGE, [])
 
 
-def test_a_deleted_pod_is_retried_and_goes_on_from_its_snapshot(story: Story) -> None:
+def pod_specs(made: Object) -> list[Object]:
+    """Of the pods of a Job or JobSet."""
+    spec = made["spec"]
+    jobs = [job["template"]["spec"] for job in spec["replicatedJobs"]] if made["kind"] == "JobSet" else [spec]
+    return [dict(job["template"]["spec"]) for job in jobs]
+
+
+def test_a_deleted_pod_of_a_gang_is_retried_and_goes_on_from_its_snapshot(story: Story) -> None:
     """No snapshot is written twice, and no update is in MLflow twice."""
     assert "Task is starting (retry)" in story.outputs[0]
     assert story.ranks == 2
-    folder = story.launcher.folder
-    now = snapshots(folder)
+    now = snapshots(story.launcher)
     assert 1 <= len(story.snapshots) < len(now) == UPDATES // 2 - 1
-    assert {name: now[name] for name in story.snapshots} == story.snapshots
-    run = Store(folder).runs(run_folder(folder).name)["distill[aligned]"]
-    assert [update for update, _ in Store(folder).curve(run, "loss")] == list(range(1, UPDATES + 1))
+    assert set(now.values()) == {1}
+    run = Store(story.launcher.folder).runs(run_key(story.launcher))["distill[aligned]"]
+    assert [update for update, _ in Store(story.launcher.folder).curve(run, "loss")] == list(range(1, UPDATES + 1))
+
+
+def test_nothing_of_the_run_stays_on_the_machines_of_its_pods(story: Story) -> None:
+    """All hand-offs name files in the store, where they are."""
+    launcher = story.launcher
+    assert not list(launcher.folder.rglob("runs"))
+    kept = launcher.artifacts("TrainFlow", "folder", "data", "targets", "students", "models", "results")
+    assert kept["folder"] == f"{launcher.store}/metaflow/matvlm-runs/{run_key(launcher)}"
+    uris = [kept["data"]["uri"], kept["targets"]["uri"], *(student["uri"] for student in kept["students"])]
+    uris += [model["uri"] for model in kept["models"][1:]] + [result["samples_uri"] for result in kept["results"]]
+    for uri in uris:
+        assert uri.startswith(f"{kept['folder']}/")
+        assert exists(uri), uri
 
 
 def test_a_failed_run_is_continued_to_its_end(story: Story) -> None:
     failed, continued = story.outputs
     assert failed.rstrip().splitlines()[-1].split()[:3] == ["python", "flows/train_flow.py", "resume"]
-    for kept in ("--with kubernetes", "--max-workers 2", RETRY[1]):
+    for kept in ("--with kubernetes", "--max-workers 2"):
         assert kept in failed.rstrip().splitlines()[-1]
     assert "| student | engine | 64 |" in continued
     assert "(matvlm version 1)" in continued
-    runs = Store(story.launcher.folder).runs(run_folder(story.launcher.folder).name)
+    runs = Store(story.launcher.folder).runs(run_key(story.launcher))
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
@@ -195,7 +244,7 @@ def test_cards_are_in_the_store(story: Story) -> None:
     pages = {name: read_bytes(f"{place}/{name}") for name in list_files(place) if name.endswith(".html")}
     assert all(b"__MF_DATA__" in page for page in pages.values())
     made = Counter(name.split("/steps/")[1].split("/")[0] for name in pages)
-    assert made == {"distill": 1, "evaluate": 3, "compare": 1, "profile": 1}
+    assert made == {"distill_on_nodes": 2, "evaluate": 3, "compare": 1, "profile": 1}
     assert "Card render failed" not in "".join(story.outputs)
 
 
@@ -211,4 +260,4 @@ def test_a_secret_stays_with_the_tasks(story: Story) -> None:
     for path in files:
         assert TOKEN.encode() not in path.read_bytes(), path
     assert read > 100
-    assert {"mlflow.db", "log.txt", "accuracy.md", "mflog_stdout"} <= {path.name for path in files}
+    assert {"mlflow.db", "log.txt", "mflog_stdout"} <= {path.name for path in files}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matvlm.config import Data
-from matvlm.data.images import ImageFolder
+from matvlm.data.images import ImageFolder, is_inside
 from matvlm.data.rows import BadSample, DataError, Entry, Row, StoredImage, is_unicode, turns_in, without_image
 
 
@@ -25,8 +25,7 @@ def hub_entries(data: Data) -> list[Entry]:
     dataset = _open(data)
     columns = _columns(dataset, data)
     dataset, images = _undecoded(dataset, columns["image"], data)
-    name = f"{data.path}, split {data.split}"
-    return [partial(_row, number, dataset, columns, images, name) for number in range(len(dataset))]
+    return [partial(_row, number, dataset, columns, images, data) for number in range(len(dataset))]
 
 
 def _open(data: Data) -> Any:
@@ -88,8 +87,8 @@ def _undecoded(dataset: Any, column: str, data: Data) -> tuple[Any, ImageFolder 
     return dataset, ImageFolder(place)
 
 
-def _row(number: int, dataset: Any, columns: dict[str, str], images: ImageFolder | None, name: str) -> Row:
-    where = f"{name}, row {number}"
+def _row(number: int, dataset: Any, columns: dict[str, str], images: ImageFolder | None, data: Data) -> Row:
+    where = f"{data.path}, split {data.split}, row {number}"
     row = dataset[number]
     raw = {ours: row[theirs] for ours, theirs in columns.items()}
     messages = raw["conversations"] if "conversations" in raw else _messages(raw["question"], raw["answer"])
@@ -100,7 +99,7 @@ def _row(number: int, dataset: Any, columns: dict[str, str], images: ImageFolder
         raise without_image(messages, where)
     if not is_unicode(id):
         raise BadSample("malformed entry", f"{where}: holds half a surrogate pair, which is no text")
-    return {"id": id, "image": _stored(image, images, where), "turns": turns}
+    return {"id": id, "image": _stored(image, images, data.path or "", where), "turns": turns}
 
 
 def _messages(question: Any, answer: Any) -> list[dict[str, Any]]:
@@ -109,7 +108,7 @@ def _messages(question: Any, answer: Any) -> list[dict[str, Any]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": first}]
 
 
-def _stored(image: Any, images: ImageFolder | None, where: str) -> StoredImage:
+def _stored(image: Any, images: ImageFolder | None, path: str, where: str) -> StoredImage:
     if isinstance(image, str):
         assert images is not None
         return images.find(image, where)
@@ -117,4 +116,15 @@ def _stored(image: Any, images: ImageFolder | None, where: str) -> StoredImage:
         return {"bytes": image, "path": None}
     if image["bytes"] is not None:
         return {"bytes": image["bytes"], "path": None}
+    if not _is_own_file(image["path"], path):
+        raise BadSample("image outside its folder", f"{where}: {image['path']!r} is no file of this data set")
     return {"bytes": None, "path": image["path"]}
+
+
+def _is_own_file(image: str, path: str) -> bool:
+    """Whether the file ``image`` is one of the data set at ``path``: below that folder, or fetched from the hub."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    fetched = [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
+    return any(is_inside(image, folder) for folder in ([path] if Path(path).is_dir() else fetched))

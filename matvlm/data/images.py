@@ -7,6 +7,7 @@ which byte of which archive its image lies, and that part alone is read.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
 import tarfile
@@ -15,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from matvlm.data.rows import BadSample, DataError, StoredImage
 from matvlm.storage import MissingError, StorageError, join, list_names, open_file, read_bytes
+
+EpsImagePlugin.gs_binary = False  # an EPS file is a program, which Pillow would have Ghostscript run
 
 TAR = "tar:"
 ARCHIVES_AT_ONCE = 8
@@ -56,7 +59,7 @@ class ImageFolder:
         """Where the image ``name`` is; a file need not exist.
 
         Raises:
-            BadSample: ``place`` is archives only, and none of them has that member.
+            BadSample: ``place`` is archives only, and none of them has that member; or ``name`` leads out of it.
         """
         part = self.members.get(posixpath.normpath(name))
         if part is not None:
@@ -64,7 +67,7 @@ class ImageFolder:
         elif self.folder is None:
             raise BadSample("missing image", f"{where}: no archive of {self.place} has the member {name!r}")
         else:
-            path = _join(self.folder, name)
+            path = _inside(self.folder, name, where)
         return {"bytes": None, "path": path}
 
 
@@ -109,6 +112,25 @@ def name_of(image: StoredImage) -> str:
         archive, *_, member = json.loads(path.removeprefix(TAR))
         return f"{archive}, member {member}"
     return path or "its image"
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether the local ``path`` is below ``folder`` by its name; a link in there is the word of the folder's owner."""
+    parents = (os.path.abspath(folder), os.path.realpath(folder))
+    return any(Path(os.path.abspath(path)).is_relative_to(parent) for parent in parents)
+
+
+def _inside(folder: str, name: str, where: str) -> str:
+    """The file ``name`` of ``folder``, without ``..`` in it.
+
+    Raises:
+        BadSample: it is not below ``folder``.
+    """
+    remote = folder.startswith("s3://")
+    path = _join(folder, posixpath.normpath(name.lstrip("/") if remote else name))
+    if ".." in path.removeprefix(folder).split("/") if remote else not is_inside(path, folder):
+        raise BadSample("image outside its folder", f"{where}: {name!r} leads out of {folder} (data.image_folder)")
+    return path
 
 
 def _join(folder: str, name: str) -> str:

@@ -30,7 +30,7 @@ from matvlm.data.rows import TEXT_ONLY, BadSample, DataError, Entry, Row
 from matvlm.data.sources import entries
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
-from matvlm.storage import atomic_folder, read_json, write_json
+from matvlm.storage import atomic_folder, local_copy, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def open_dataset(manifest: DataManifest) -> Any:
     from matvlm.data.placed import PlacedImage
 
     try:
-        dataset = datasets.load_from_disk(str(Path(manifest.uri) / "arrow"))
+        dataset = datasets.load_from_disk(str(local_copy(manifest.uri) / "arrow"))
         if len(dataset) != manifest.num_samples:
             raise ValueError(f"{len(dataset)} of {manifest.num_samples} samples are left")
     except (OSError, ValueError) as error:

@@ -116,21 +116,22 @@ def distill(
 
     Continues from the newest intact snapshot, which any number of processes may have written; a finished run in
     ``folder`` is returned as it is. What is trained is kept and saved in float32, the rest in ``recipe.teacher.dtype``.
-    Where torchrun has started several processes, each calls this, and the first one writes and reports.
+    Where torchrun has started several processes, each calls this. The first one alone looks into ``folder`` and at the
+    snapshots, writes and reports; the inputs may be at another place for each, as long as they are the same.
 
     Raises:
         SnapshotError: what is in ``folder`` was made with another recipe, data or student.
         TargetError: the target store is damaged, of another teacher, other data or other settings, or lacks a sample.
         DistillError: too many updates were skipped for a loss or gradient that is not finite, too many samples cannot
-            be loaded any more, or memory ran out.
+            be loaded any more, memory ran out, or the processes were given different inputs.
         LoadError: the data cannot be reached any more.
         ValueError: ``student`` was not made from ``teacher``, or DeepSpeed is asked for and not installed.
         StorageError: a snapshot or the model cannot be written.
     """
     identity = _identity(recipe, student, data, targets)
-    if (folder / RESULT).exists():
-        return _finished(folder, identity)
     world, device = join(device)
+    if finished := world.from_first(lambda: _finished(folder, identity)):
+        return finished
     if not world.is_first:
         reporter = Reporter()
     run, feed, snapshots = _open(recipe, student, teacher, data, targets, folder, device, world)
@@ -200,6 +201,7 @@ def _open(
     needed = Identity.of(recipe, data, processor, fingerprint(original))
     reader = open_targets(targets.uri, needed)
     identity = _identity(recipe, student, data, targets) | {"student": fingerprint(model)}
+    _refuse_different(world.gather(identity))
     place = recipe.distill.snapshots
     place = str(folder / "snapshots") if place is None else storage.join(place, *folder.absolute().parts[-3:])
     snapshots = Snapshots(place, identity, recipe.distill.keep_checkpoints)
@@ -211,19 +213,24 @@ def _open(
 
 def _continue(run: Run, snapshots: Snapshots, history: list[dict[str, float]], reporter: Reporter) -> int:
     """Load the newest intact snapshot, if there is one; returns the updates that are done."""
-    latest = snapshots.latest()
-    found = run.world.gather(latest[0] if latest else 0)
-    if len(set(found)) > 1:
-        raise DistillError(
-            f"{snapshots.folder}: the processes find different snapshots there (updates {found}, by rank): all need "
-            "the same folder, on a shared file system or s3:// (distill.snapshots)"
-        )
+    latest = run.world.from_first(snapshots.latest)
     if latest:
         run.load_state(latest[1])
         history += latest[1]["history"]
     for past in history:  # for whoever shows the whole curve; MLflow has these points already
         reporter.metrics({name: value for name, value in past.items() if name != "update"}, int(past["update"]))
-    return found[0]
+    return latest[0] if latest else 0
+
+
+def _refuse_different(identities: Sequence[dict[str, Any]]) -> None:
+    """Processes on machines of their own may each have other files."""
+    for rank, theirs in enumerate(identities):
+        for field, ours in identities[0].items():
+            if theirs[field] != ours:
+                raise DistillError(
+                    f"{field} is {theirs[field]!r} for rank {rank} and {ours!r} for rank 0: every node needs the same "
+                    "recipe, student, data and targets"
+                )
 
 
 def _writing(snapshots: Snapshots, world: World) -> AbstractContextManager[Any]:
@@ -242,8 +249,10 @@ def _identity(recipe: Recipe, student: Checkpoint, data: DataManifest, targets: 
     }
 
 
-def _finished(folder: Path, identity: dict[str, Any]) -> Checkpoint:
+def _finished(folder: Path, identity: dict[str, Any]) -> Checkpoint | None:
     place = folder / RESULT
+    if not place.exists():
+        return None
     try:
         record = read_json(place)
         result, found = Checkpoint.model_validate(record["checkpoint"]), dict(record["identity"])

@@ -52,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, all of which exist; none if the weights are in another format.
 
     Raises:
-        ModelFolderError: the index is damaged, or names a file that is not there.
+        ModelFolderError: the index is damaged, or names a file that is not there or of another format.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
@@ -60,8 +60,11 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
+        foreign = [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]
     except (ModelFolderError, KeyError, AttributeError, TypeError) as error:
         raise ModelFolderError(f"{index}: damaged: {error!r}; fetch the model again") from None
+    if foreign:
+        raise ModelFolderError(f"{index}: names files that are no safetensors of this folder: {', '.join(foreign)}")
     if missing:
         raise ModelFolderError(f"{folder}: not there, but in {index.name}: {', '.join(missing)}; fetch the model again")
     return [folder / name for name in names]

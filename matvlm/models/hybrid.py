@@ -31,7 +31,7 @@ from transformers import (
 
 from matvlm.models.auto import SECTION, hybrid_config
 from matvlm.models.card import write_card
-from matvlm.models.folder import FORMAT, ModelFolderError, check_section
+from matvlm.models.folder import FORMAT, ModelFolderError, check_section, weight_files
 from matvlm.models.mixer import Mamba2Mixer, MixerOptions
 from matvlm.storage import atomic_folder
 
@@ -217,6 +217,7 @@ def load(
     folder = Path(folder)
     config = _read_config(folder)
     base: Any = _model_class(folder, config)
+    weight_files(folder)  # transformers would also read pickles, if the index names them
     section = getattr(config, SECTION, None)
     if section is not None:
         check_section(folder, section)
@@ -256,7 +257,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise ModelFolderError(f"{folder}: no config.json there: not a model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
 
@@ -274,7 +275,7 @@ def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel
 
 def _load_processor(folder: Path) -> Any:
     if (folder / "processor_config.json").exists() or (folder / "preprocessor_config.json").exists():
-        return AutoProcessor.from_pretrained(folder, backend="pil")
+        return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     if (folder / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return None

@@ -1,26 +1,27 @@
 """Files and folders by URI, a local path or ``s3://bucket/key``: whole, or not there at all.
 
 How that is kept locally is in ``atomic``, how on S3 in ``s3``. ``atomic_path`` and ``atomic_folder`` are for stages
-that write files with a library of their own, the first locally only.
+that write files with a library of their own, the first locally only; ``Mirror`` is for whole steps that do.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from matvlm.storage import atomic, s3
-from matvlm.storage.atomic import UNFINISHED, MissingError, StorageError, atomic_path, hidden_folder
+from matvlm.storage.atomic import MissingError, StorageError, atomic_path, hidden_folder
+from matvlm.storage.mirror import Mirror
+from matvlm.storage.names import Uri, folder_name, join, local_path, s3_uri, sha256_file
 
 __all__ = [
+    "Mirror",
     "MissingError",
     "StorageError",
     "atomic_folder",
@@ -43,27 +44,14 @@ __all__ = [
     "write_json",
 ]
 
-Uri = str | os.PathLike[str]
 BLOCK = 1 << 22
 """Bytes that ``open_file`` fetches at once from S3."""
 
 
-def join(uri: Uri, *parts: str) -> str:
-    """``uri`` with ``parts`` appended, each after one ``/``."""
-    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def folder_name(uri: Uri) -> str:
-    """A name for a folder about ``uri``: readable, of at most 69 characters, and another one for any other URI."""
-    text = os.fspath(uri)
-    words = "-".join(re.findall(r"\w+", text))[-60:]
-    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def exists(uri: Uri) -> bool:
     """Whether a file or folder is at ``uri``; on S3 a folder is there as soon as one object is in it."""
-    remote = _s3_uri(uri)
-    return bool(s3.objects(remote)) if remote else _local(uri).exists()
+    remote = s3_uri(uri)
+    return bool(s3.objects(remote)) if remote else local_path(uri).exists()
 
 
 def list_files(uri: Uri) -> list[str]:
@@ -72,13 +60,9 @@ def list_files(uri: Uri) -> list[str]:
     Raises:
         StorageError: a folder is there and cannot be listed.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         return sorted(name for name in s3.objects(remote) if name)
-    top, found = _local(uri), []
-    for folder, folders, names in os.walk(top, onerror=_cannot_list):
-        folders[:] = [name for name in folders if UNFINISHED not in name]
-        found += [Path(folder, name).relative_to(top).as_posix() for name in names]
-    return sorted(found)
+    return atomic.finished_files(local_path(uri))
 
 
 def list_names(uri: Uri, pattern: str = "*") -> list[str]:
@@ -87,11 +71,11 @@ def list_names(uri: Uri, pattern: str = "*") -> list[str]:
     Raises:
         StorageError: it cannot be listed; locally also where there is no folder.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         found = s3.names(remote)
     else:
         try:
-            found = [entry.name for entry in os.scandir(_local(uri)) if entry.is_file()]
+            found = [entry.name for entry in os.scandir(local_path(uri)) if entry.is_file()]
         except OSError as error:
             raise StorageError(f"{uri}: cannot list: {error.strerror or error}") from error
     return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
@@ -103,10 +87,10 @@ def open_file(uri: Uri) -> io.BufferedReader:
     Raises:
         StorageError: it is local and cannot be opened. What is wrong on S3 comes up when it is read.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         return io.BufferedReader(s3.ObjectFile(remote), BLOCK)
     try:
-        return open(_local(uri), "rb")
+        return open(local_path(uri), "rb")
     except OSError as error:
         raise _cannot_read(uri, error) from error
 
@@ -118,10 +102,10 @@ def read_bytes(uri: Uri, offset: int = 0, size: int | None = None) -> bytes:
         MissingError: there is none.
         StorageError: it cannot be read.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         return s3.read(remote, offset, size)
     try:
-        with open(_local(uri), "rb") as file:
+        with open(local_path(uri), "rb") as file:
             file.seek(offset)
             return file.read(-1 if size is None else size)
     except OSError as error:
@@ -146,10 +130,10 @@ def write_bytes(uri: Uri, content: bytes) -> None:
     Raises:
         StorageError: it cannot be written; what was there before is still there.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         s3.write(remote, content)
         return
-    with atomic_path(_local(uri)) as path:
+    with atomic_path(local_path(uri)) as path:
         path.write_bytes(content)
 
 
@@ -164,8 +148,8 @@ def atomic_folder(uri: Uri) -> AbstractContextManager[Path]:
     Raises:
         StorageError: it cannot be written. After that, or any other error, nothing unfinished is read as ``uri``.
     """
-    remote = _s3_uri(uri)
-    return s3.new_folder(remote) if remote else atomic.atomic_folder(_local(uri))
+    remote = s3_uri(uri)
+    return s3.new_folder(remote) if remote else atomic.atomic_folder(local_path(uri))
 
 
 def clear_unfinished(uri: Uri) -> None:
@@ -176,9 +160,9 @@ def clear_unfinished(uri: Uri) -> None:
     Raises:
         StorageError: the folder cannot be looked at.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         s3.clear_unfinished(remote)
-    elif (folder := _local(uri)).is_dir():
+    elif (folder := local_path(uri)).is_dir():
         try:
             atomic.clear_remains(folder)
         except OSError as error:
@@ -191,10 +175,10 @@ def put(source: Path, uri: Uri) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         s3.upload(source, remote)
         return
-    with atomic_path(_local(uri)) as path:
+    with atomic_path(local_path(uri)) as path:
         if source.is_dir():
             shutil.copytree(source, path)
         else:
@@ -208,9 +192,9 @@ def local_copy(uri: Uri) -> Path:
         MissingError: nothing is at ``uri``.
         StorageError: it cannot be fetched.
     """
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         return s3.download(remote)
-    path = _local(uri)
+    path = local_path(uri)
     if not path.exists():
         raise MissingError(f"{uri}: no such file or folder")
     return path
@@ -223,46 +207,21 @@ def passing_copy(uri: Uri) -> AbstractContextManager[Path]:
         MissingError: nothing is at ``uri``.
         StorageError: it cannot be fetched.
     """
-    remote = _s3_uri(uri)
+    remote = s3_uri(uri)
     return s3.passing_copy(remote) if remote else nullcontext(local_copy(uri))
 
 
 def remove(uri: Uri) -> None:
     """Remove a file or folder; locally its readers see all of it or nothing. Fine if nothing is there."""
-    if remote := _s3_uri(uri):
+    if remote := s3_uri(uri):
         s3.remove(remote)
         return
-    path = _local(uri)
+    path = local_path(uri)
     if path.exists():
         with hidden_folder(path) as folder:
             os.replace(path, folder / path.name)
 
 
-def sha256_file(path: Uri) -> str:
-    """Hexadecimal sha256 of a local file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _cannot_read(uri: Uri, error: OSError) -> StorageError:
     kind = MissingError if isinstance(error, FileNotFoundError) else StorageError
     return kind(f"{uri}: cannot read: {error.strerror or error}")
-
-
-def _cannot_list(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it went away meanwhile, or never was
-        raise StorageError(f"{error.filename}: cannot list: {error.strerror}") from error
-
-
-def _s3_uri(uri: Uri) -> str | None:
-    text = os.fspath(uri)
-    if isinstance(uri, os.PathLike) and text.startswith("s3:/"):
-        raise StorageError(f"{text}: a Path drops a slash of s3://; pass the URI as text")
-    return text if text.startswith("s3://") else None
-
-
-def _local(uri: Uri) -> Path:
-    text = os.fspath(uri)
-    if "://" in text:
-        raise StorageError(f"{text}: neither a local path nor s3://bucket/key")
-    return Path(text)

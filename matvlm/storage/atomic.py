@@ -51,7 +51,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             _sync_tree(written)
         except Exception as error:
             if _is_disk_full(error, folder):
-                raise _cannot_write(path, error) from error
+                raise cannot_write(path, error) from error
             raise
         if path.is_dir() or (path.exists() and written.is_dir()):
             os.replace(path, folder / f"{path.name}.old")
@@ -79,7 +79,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
         clear_remains(path.parent, _prefix(path))
         folder, lock = _claim(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         yield folder
     finally:
@@ -103,6 +103,24 @@ def clear_remains(folder: Path, prefix: str = ".") -> None:
                 shutil.rmtree(folder / name, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def finished_files(folder: Path) -> list[str]:
+    """Every file below ``folder`` that no writer is still at, as sorted names relative to it; none if it is no folder.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+        folders[:] = [name for name in folders if UNFINISHED not in name]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names]
+    return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it went away meanwhile, or never was
+        raise StorageError(f"{error.filename}: cannot list: {error.strerror}") from error
 
 
 def _claim(path: Path) -> tuple[Path, int]:
@@ -143,7 +161,8 @@ def _is_disk_full(error: Exception, folder: Path) -> bool:
     return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < _NEARLY_FULL
 
 
-def _cannot_write(path: Path, error: Exception) -> StorageError:
+def cannot_write(path: Path, error: Exception) -> StorageError:
+    """What to raise when writing ``path`` met ``error``: that itself, if it says so already."""
     if isinstance(error, StorageError):
         return error
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matvlm.storage.atomic import MissingError, StorageError, atomic_folder, atomic_path, clear_remains, hidden_folder
+from matvlm.storage.names import is_below
 
 _DELETE_LIMIT = 1000
 """Keys in one delete request (S3 API)."""
@@ -116,17 +117,36 @@ def write(uri: str, content: bytes) -> None:
         _client().put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def send(file: Path, uri: str) -> None:
+    """Make a local file the object at ``uri``; the object that was there stays until all of the file has arrived."""
+    bucket, key = _split(uri)
+    with _named_errors(uri, "upload"):
+        _client().upload_file(str(file), bucket, key)
+
+
+def receive(uri: str, file: Path) -> None:
+    """Write the object at ``uri`` to a new local file."""
+    bucket, key = _split(uri)
+    with _named_errors(uri, "download"):
+        _client().download_file(bucket, key, str(file))
+
+
+def copy(source: str, uri: str) -> None:
+    """Make the content of the object at ``source`` that of the object at ``uri``, without fetching it."""
+    (source_bucket, source_key), (bucket, key) = _split(source), _split(uri)
+    with _named_errors(uri, f"copy {source} there"):
+        _client().copy({"Bucket": source_bucket, "Key": source_key}, bucket, key)
+
+
 def upload(source: Path, uri: str) -> None:
     """Put a local file or folder at ``uri``, in place of the objects there."""
     remove(uri)
-    bucket, key = _split(uri)
     if source.is_file():
         names = [""]
     else:
         names = [f"/{path.relative_to(source).as_posix()}" for path in source.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
-        with _named_errors(uri + name, "upload"):
-            _client().upload_file(f"{source}{name}", bucket, key + name)
+        send(Path(f"{source}{name}"), uri.rstrip("/") + name)
 
 
 def download(uri: str) -> Path:
@@ -134,33 +154,33 @@ def download(uri: str) -> Path:
 
     Raises:
         MissingError: nothing is at ``uri``.
-        StorageError: it cannot be fetched.
+        StorageError: it cannot be fetched, or the name of an object leads out of the folder.
     """
     found = objects(uri)
     if not found:
         raise MissingError(f"{uri}: no such object or folder")
-    bucket, key = _split(uri)
+    for name in found:
+        if name and not is_below(name):
+            raise StorageError(f"{uri}: the object {name!r} has no place in a local folder; rename or remove it")
     identity = hashlib.sha256(json.dumps([uri, sorted(found.items())]).encode()).hexdigest()
-    target = _cache() / identity[:32] / Path(key).name
+    target = cache() / identity[:32] / Path(uri).name
     if target.exists():
         return target
     with atomic_path(target) as path:
         for name in found:
             file = path / name if name else path
             file.parent.mkdir(parents=True, exist_ok=True)
-            with _named_errors(uri, "download"):
-                _client().download_file(bucket, f"{key}/{name}" if name else key, str(file))
+            receive(f"{uri.rstrip('/')}/{name}", file)
     return target
 
 
 @contextmanager
 def passing_copy(uri: str) -> Iterator[Path]:
     """A local copy of one object while the block lasts; see ``download`` for one that stays."""
-    bucket, key = _split(uri)
     with _scratch(uri) as folder:
-        with atomic_path(folder / Path(key).name) as copy, _named_errors(uri, "download"):
-            _client().download_file(bucket, key, str(copy))
-        yield folder / Path(key).name
+        with atomic_path(folder / Path(uri).name) as copy:
+            receive(uri, copy)
+        yield folder / Path(uri).name
 
 
 @contextmanager
@@ -175,8 +195,8 @@ def new_folder(uri: str) -> Iterator[Path]:
 
 def clear_unfinished(uri: str) -> None:
     """Drop what was sent of objects below ``uri`` that never got whole, which S3 hides and charges for, and scratch."""
-    if _cache().is_dir():
-        clear_remains(_cache())
+    if cache().is_dir():
+        clear_remains(cache())
     bucket, key = _split(uri)
     with _named_errors(uri, "list the uploads"):
         for page in _client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
@@ -186,20 +206,27 @@ def clear_unfinished(uri: str) -> None:
 
 def remove(uri: str) -> None:
     """Delete the object or folder at ``uri``; fine if nothing is there."""
+    delete(uri, sorted(objects(uri), key=lambda name: (not name.endswith(".json"), name)))
+
+
+def delete(uri: str, names: list[str]) -> None:
+    """Delete the objects ``names`` of the folder ``uri`` in this order, ``""`` for the object ``uri`` itself."""
     bucket, key = _split(uri)
-    names = sorted(objects(uri), key=lambda name: (not name.endswith(".json"), name))
     keys = [{"Key": f"{key}/{name}" if name else key} for name in names]
     for start in range(0, len(keys), _DELETE_LIMIT):
         with _named_errors(uri, "remove"):
-            _client().delete_objects(Bucket=bucket, Delete={"Objects": keys[start : start + _DELETE_LIMIT]})
+            done = _client().delete_objects(Bucket=bucket, Delete={"Objects": keys[start : start + _DELETE_LIMIT]})
+        for error in done.get("Errors", []):  # of single keys, in an answer that is a success
+            raise StorageError(f"s3://{bucket}/{error['Key']}: cannot remove: {error['Code']}: {error.get('Message')}")
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where local copies are kept; it need not exist."""
     return Path(os.environ.get("MATVLM_CACHE") or Path.home() / ".cache" / "matvlm")
 
 
 def _scratch(uri: str) -> AbstractContextManager[Path]:
-    return hidden_folder(_cache() / hashlib.sha256(uri.encode()).hexdigest()[:32])
+    return hidden_folder(cache() / hashlib.sha256(uri.encode()).hexdigest()[:32])
 
 
 def _client() -> Any:

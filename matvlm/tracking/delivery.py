@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from matvlm.storage import Mirror
+from matvlm.tracking.address import public_uri, tracking_uri
 from matvlm.tracking.journal import FOLDER, Event, Journal, JournalBusy, journal_paths
 from matvlm.tracking.store import (
     METRICS_PER_CALL,
@@ -16,8 +18,6 @@ from matvlm.tracking.store import (
     TrackingError,
     UnusableEvent,
     patience,
-    public_uri,
-    tracking_uri,
 )
 
 logger = logging.getLogger(__name__)
@@ -92,13 +92,19 @@ def sync(root: str | Path, uri: str | None = None) -> int:
     """Send everything under ``root`` that MLflow lacks; returns the number of events sent.
 
     Args:
-        root: the run's folder, the one that holds ``tracking/``.
+        root: the run's folder, local or on S3, the one that holds ``tracking/``.
         uri: where to; by default MLFLOW_TRACKING_URI, else the URI that the run itself used.
 
     Raises:
         TrackingError: no journals there, or MLflow cannot be reached; what was sent before stays sent.
     """
-    folder = Path(root) / FOLDER
+    with Mirror(root) as files:
+        for part in files.parts(FOLDER):
+            files.open(part)
+        return _sync(files.folder / FOLDER, uri)
+
+
+def _sync(folder: Path, uri: str | None) -> int:
     paths = journal_paths(folder)
     if not paths:
         raise TrackingError(f"{folder}: no journals (*.jsonl); give the folder of a run, the one that holds {FOLDER}/")
@@ -119,9 +125,9 @@ def sync(root: str | Path, uri: str | None = None) -> int:
     return sent
 
 
-def report_leftovers(events: int, address: str, root: Path) -> None:
-    """Tell the user what MLflow at ``address`` lacks and how to send it."""
-    command = f"python -m matvlm sync {shlex.quote(str(root.absolute()))}"
+def report_leftovers(events: int, address: str, root: str) -> None:
+    """Tell the user what MLflow at ``address`` lacks of the run in ``root``, and how to send it."""
+    command = f"python -m matvlm sync {shlex.quote(root)}"
     logger.warning(
         "%d tracked events have not reached MLflow at %s. Send them later with:\n  %s", events, address, command
     )

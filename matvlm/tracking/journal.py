@@ -123,8 +123,8 @@ def open_journal(folder: Path, name: str) -> Journal:
 
 
 def journal_paths(folder: Path, name: str | None = None) -> list[Path]:
-    """All journals in ``folder``, or those of step ``name``, in a fixed order."""
-    paths = sorted(folder.glob("*.jsonl"))
+    """All journals in ``folder`` and its parts, or those of step ``name``, in a fixed order."""
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")])
     if name is None:
         return paths
     own = re.compile(re.escape(file_name(name)) + r"(\.\d+)?\.jsonl")
@@ -151,8 +151,8 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
 
 
 def file_name(name: str) -> str:
-    """``name`` with the characters that do not belong in a file name replaced."""
-    return re.sub(r"[^\w.\[\]-]", "_", name)
+    """``name`` with the characters that do not belong in a file name replaced, and the dots that it begins with."""
+    return re.sub(r"^\.+|[^\w.\[\]-]", "_", name)
 
 
 def _parse(line: bytes) -> Event | None:

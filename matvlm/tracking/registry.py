@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from matvlm.artifacts import Checkpoint
+from matvlm.tracking.address import public_uri, tracking_uri
 from matvlm.tracking.delivery import SYNC_SECONDS
-from matvlm.tracking.store import CHECKPOINT_TAG, TrackingError, open_client, patience, public_uri, tracking_uri
+from matvlm.tracking.store import CHECKPOINT_TAG, TrackingError, open_client, patience
 
 SCHEME = "models:/"
 

@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from matvlm.gate import Verdict
+from matvlm.tracking.address import login_of, public_uri, sqlite_file
 from matvlm.tracking.journal import Event, file_name
 from matvlm.tracking.promotion import promote
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 RUN_KEY_TAG, STEP_TAG = "matvlm.run_key", "matvlm.step"
 CHECKPOINT_TAG, LABEL_TAG = "matvlm.checkpoint_uri", "matvlm.label"
 # MLflow's limits, the same in every store.
@@ -42,19 +41,6 @@ class TrackingError(RuntimeError):
 
 class UnusableEvent(Exception):
     """MLflow understood the event and will never accept it."""
-
-
-def tracking_uri(uri: str | None = None) -> str:
-    """``uri``, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in the current folder; sqlite files as absolute paths."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-    database = _sqlite_file(uri)
-    return f"sqlite:///{database.absolute()}" if database else uri
-
-
-def public_uri(uri: str) -> str:
-    """``uri`` without user name and password, fit for a log or a file."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def key(name: str) -> str:
@@ -138,7 +124,7 @@ class Store:
 
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            database = _sqlite_file(self.uri)
+            database = sqlite_file(self.uri)
             location = str(database.parent / "mlruns" / file_name(name)) if database else None
             try:
                 return self.client.create_experiment(name, artifact_location=location)
@@ -262,20 +248,22 @@ class Store:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """An MLflow client for ``uri``, quiet and without usage reports to MLflow's makers."""
+    """An MLflow client for ``uri``, quiet and without usage reports to MLflow's makers.
+
+    MLflow prints the address of a server, and puts it into errors: user and password of ``uri`` go another way.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if login := login_of(uri):
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
+        uri = public_uri(uri)
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    database = _sqlite_file(uri)
+    database = sqlite_file(uri)
     if database:
         database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(uri, uri)
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def _code(error: Exception) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
+from matvlm.tracking.address import public_uri, tracking_uri
 from matvlm.tracking.delivery import LEAVING_SECONDS, Delivery, report_leftovers
 from matvlm.tracking.environment import cut
 from matvlm.tracking.journal import (
@@ -30,7 +31,7 @@ from matvlm.tracking.journal import (
     open_journal,
     read_events,
 )
-from matvlm.tracking.store import CHECKPOINT_TAG, LABEL_TAG, Store, key, public_uri, tracking_uri
+from matvlm.tracking.store import CHECKPOINT_TAG, LABEL_TAG, Store, key
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker:
     """The MLflow side of one flow run; every process of the run makes its own from the same arguments."""
 
-    def __init__(self, run_key: str, root: Path, experiment: str, uri: str | None = None):
+    def __init__(
+        self, run_key: str, root: Path, experiment: str, uri: str | None = None, part: str = "", kept: str | None = None
+    ):
         """Nothing is opened or imported yet.
 
         Args:
@@ -53,6 +56,8 @@ class Tracker:
             root: the run's local folder; journals go to ``root/tracking``.
             experiment: MLflow experiment, created when missing.
             uri: tracking URI; by default MLFLOW_TRACKING_URI, or the sqlite file ``mlflow.db`` in the current folder.
+            part: a folder in ``root/tracking`` for the journals of this process, where others have theirs elsewhere.
+            kept: where the run's folder is, if ``root`` is a copy of it.
 
         Raises:
             ValueError: ``run_key`` holds a quote or a backslash.
@@ -61,6 +66,7 @@ class Tracker:
         self.root = Path(root)
         self.experiment = experiment
         self.uri = tracking_uri(uri)
+        self.folder, self.kept = self.root / FOLDER / file_name(part), kept or str(self.root.absolute())
         self._delivery = Delivery(Store(self.uri, self.root / FOLDER), self.root)
 
     def parent(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
@@ -145,10 +151,10 @@ class Tracker:
             except JournalBusy:
                 continue
         if left:
-            report_leftovers(left, self._delivery.address, self.root)
+            report_leftovers(left, self._delivery.address, self.kept)
 
     def _journal(self, name: str) -> Journal:
-        return open_journal(self.root / FOLDER, name)
+        return open_journal(self.folder, name)
 
     def _head(self, journal: Journal) -> None:
         """Make sure that ``journal`` starts with its ``open`` event."""
@@ -205,8 +211,7 @@ class StepRun(Reporter):
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a copy of ``path`` and file it under ``folder``; the original may vanish or change afterwards."""
-        copy = Path("files", file_name(self.name), folder, path.name)
-        target = self._tracker.root / FOLDER / copy
+        target = self._tracker.folder / "files" / file_name(self.name) / folder / path.name
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +220,7 @@ class StepRun(Reporter):
         except OSError as error:
             logger.warning("%s: not kept with the run: %s", path, error)
             return
-        self._append("artifact", file=str(copy), folder=folder)
+        self._append("artifact", file=str(target.relative_to(self._tracker.root / FOLDER)), folder=folder)
 
     def table(self, path: Path, folder: str = "") -> None:
         """``artifact``, and MLflow shows it as a table and gives it to ``mlflow.load_table``."""

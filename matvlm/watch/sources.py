@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from matvlm.storage import MissingError, join, list_files, read_bytes, remove, write_bytes
 from matvlm.tracking import TrackingError, tracking_uri
+from matvlm.tracking.address import public_uri
 from matvlm.tracking.registry import SCHEME
-from matvlm.tracking.store import open_client, patience, public_uri
+from matvlm.tracking.store import open_client, patience
 
 CONFIG = "config.json"
 MARKS = ".watched"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import s3_server
 from flow_tools import FlowProcess, environment
 from kubernetes import client, config
@@ -54,9 +56,25 @@ class Launcher:
         """Those that there are now of a flow's step."""
         return [pod for pod in self.api.cluster.list("pods", NAMESPACE) if step_of(pod) == step]
 
-    def delete_running(self, step: str) -> list[str]:
-        """Delete the running pods of a step, as a node that goes away does; returns their names."""
-        names = [pod["metadata"]["name"] for pod in self.pods(step) if pod["status"]["phase"] == "Running"]
+    def keep_versions(self) -> None:
+        """Let the store keep every object that is written over."""
+        bucket = self.store.removeprefix("s3://")
+        self._s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+
+    def versions(self) -> Counter[str]:
+        """How often each object in the store was written."""
+        bucket, found = self.store.removeprefix("s3://"), Counter[str]()
+        for page in self._s3.get_paginator("list_object_versions").paginate(Bucket=bucket):
+            found.update(version["Key"] for version in page.get("Versions", []))
+        return found
+
+    @property
+    def _s3(self) -> Any:
+        return boto3.client("s3", endpoint_url=self.variables["METAFLOW_S3_ENDPOINT_URL"])
+
+    def delete_running(self, step: str, at_most: int | None = None) -> list[str]:
+        """Delete running pods of a step, as a node that goes away does; returns their names."""
+        names = [pod["metadata"]["name"] for pod in self.pods(step) if pod["status"]["phase"] == "Running"][:at_most]
         for name in names:
             core(self.api).delete_namespaced_pod(name, NAMESPACE)
         return names

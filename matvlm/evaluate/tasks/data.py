@@ -18,7 +18,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+
+EpsImagePlugin.gs_binary = False  # an EPS file is a program, which Pillow would have Ghostscript run
 
 IMAGE_MARK = "<image>"
 IMAGES_KEPT = 64
@@ -108,7 +110,7 @@ def load(
         _check_columns(rows, columns, source)
     else:
         rows = _original(original, Files(folder), f"split {split!r} of the data set {hub}")
-    documents, bad = _documents(rows, columns, document, name, source)
+    documents, bad = _documents(rows, columns, document, name, source, str(folder or source))
     _check_share(bad, len(rows), max_bad_share, source)
     return {"test": _dataset(documents, {"source": source, "questions": len(documents), "left_out": bad})}
 
@@ -171,7 +173,12 @@ def _read(where: str) -> bytes:
 
 
 def _documents(
-    rows: Sequence[Any], columns: Sequence[str], document: Callable[..., dict[str, Any]], name: str, source: str
+    rows: Sequence[Any],
+    columns: Sequence[str],
+    document: Callable[..., dict[str, Any]],
+    name: str,
+    source: str,
+    place: str,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The usable documents, and for every other row what is wrong with it."""
     documents: list[dict[str, Any]] = []
@@ -184,7 +191,7 @@ def _documents(
             doc["id"] = f"{name}-{doc['id']}"
             late = partial(_image_of, rows, document, number)
             where = f"{source}, {name}, row {number}"
-            doc["images"] = [_place(image, where, n, late) for n, image in enumerate(doc["images"])]
+            doc["images"] = [_place(image, where, n, late, place) for n, image in enumerate(doc["images"])]
             _check(doc, seen)
         except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
             bad.append(f"row {number}: {_reason(error, row, columns)}")
@@ -205,18 +212,33 @@ def _image_of(rows: Sequence[Any], document: Callable[..., Any], number: int, im
     return document({"row": number, **rows[number]})["images"][image]
 
 
-def _place(stored: Any, where: str, number: int, late: Callable[[int], Any]) -> str:
-    """Where a stored image is, after a look at it: a path, or a name under which ``_read`` gets it from its row."""
+def _place(stored: Any, where: str, number: int, late: Callable[[int], Any], place: str) -> str:
+    """Where a stored image is, after a look at it: a path, or a name under which ``_read`` gets it from its row.
+
+    ``place`` is the folder of the data or their hub id, which a path may not lead out of.
+    """
     content = _content(stored)
     if not content:
         raise ValueError(f"image {number} is empty")
     if not isinstance(content, bytes):
+        if not _is_own_file(str(content), place):
+            raise ValueError(f"image file {content} is not in the folder of these data")
         _check_file(str(content))
         return str(content)
     _check_image(BytesIO(content), f"image {number}")
     where = f"{where}, image {number}"
     _stored[where] = partial(late, number)
     return where
+
+
+def _is_own_file(path: str, place: str) -> bool:
+    """Whether ``path`` is below the folder ``place``, or, where that is no folder, below what the hub has given."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = [place] if Path(place).is_dir() else [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
+    parents = [parent for folder in folders for parent in (os.path.abspath(folder), os.path.realpath(folder))]
+    return any(Path(os.path.abspath(path)).is_relative_to(parent) for parent in parents)
 
 
 def _content(stored: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One command in several processes of this machine: started, watched, and ended together.
+"""One command in several processes of a node: started, watched, and ended together, on all nodes of the run.
 
 Each process is ``python -m matvlm COMMAND``, as torchrun would start it; torch's elastic package keeps them. There are
 no restarts: whoever wants another try runs it again, and what is finished stays.
@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 import matvlm
 from matvlm.config import Resources
+from matvlm.processes.nodes import ONE_NODE, Meeting, Nodes, ProcessError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -32,10 +32,6 @@ LAUNCHER = "MATVLM_LAUNCHER"
 LOOK_SECONDS = 0.1
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 """Of gloo and NCCL: says that another process has gone, so it is not this one's error."""
-
-
-class ProcessError(RuntimeError):
-    """One of several processes failed or was killed; the message says which one, how, and its own error."""
 
 
 def num_processes(resources: Resources, device: str) -> int:
@@ -66,45 +62,50 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def run(arguments: Sequence[str], count: int, look: Callable[[], None] = lambda: None) -> None:
-    """``python -m matvlm ARGUMENTS`` in ``count`` processes, until all have ended; ``look`` is called now and then.
+def run(arguments: Sequence[str], count: int, look: Callable[[], None] = lambda: None, nodes: Nodes = ONE_NODE) -> None:
+    """``python -m matvlm ARGUMENTS`` in ``count`` processes of this node, until those of all ``nodes`` have ended.
+
+    ``look`` is called now and then.
 
     Raises:
-        ProcessError: a process failed or was killed; the others were stopped.
+        ProcessError: a process failed or was killed, on whichever node; the others were stopped. Or the nodes cannot
+            find each other, or do not have as many processes.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-    # The processes meet at a store of this one, so that its port is free for certain.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    with TemporaryDirectory() as errors:
+    with Meeting(nodes, count) as meeting, TemporaryDirectory() as errors:
         with _signals_kept():
             processes = start_processes(
                 arguments[0],
                 sys.executable,
                 dict.fromkeys(range(count), ("-m", "matvlm", *arguments)),
-                {rank: _environment(rank, count, store.port) for rank in range(count)},
+                {local: _environment(local, count, meeting) for local in range(count)},
                 DefaultLogsSpecs(log_dir=errors),
             )
         try:
             while (result := processes.wait(0)) is None:
                 look()
+                meeting.check()
                 time.sleep(LOOK_SECONDS)
         finally:
             processes.close()
-    look()
-    if result.is_failed():
-        raise ProcessError(explain(result.failures.values(), count))
+        look()
+        if result.is_failed():
+            if all(_guilt(failure) > 1 for failure in result.failures.values()):
+                meeting.hear_why()
+            raise ProcessError(explain(result.failures.values(), count, nodes))
+        meeting.finish()
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _environment(local: int, count: int, meeting: Meeting) -> dict[str, str]:
     package = str(Path(matvlm.__file__).parents[1])
     return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
+        "RANK": str(meeting.nodes.index * count + local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(count * meeting.nodes.count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": meeting.address,
+        "MASTER_PORT": str(meeting.port),
         "TORCHELASTIC_USE_AGENT_STORE": str(True),
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         LAUNCHER: str(os.getpid()),
@@ -126,15 +127,16 @@ def _signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def explain(failures: Iterable[ProcessFailure], count: int) -> str:
-    """What happened to the one of ``count`` processes that the others only followed."""
+def explain(failures: Iterable[ProcessFailure], count: int, nodes: Nodes = ONE_NODE) -> str:
+    """What happened to the one of a node's ``count`` processes that the others only followed."""
     first = min(failures, key=_guilt)
+    rank = nodes.index * count + first.local_rank
     killed = first.exitcode < 0
     why = _message(first) or ("killed from outside" if killed else "it said no more than what is printed above")
     if first.exitcode == -signal.SIGKILL:
         why += ", by hand or because memory ran out"
     return (
-        f"rank {first.local_rank} of {count} (pid {first.pid} on {socket.gethostname()}) ended with "
+        f"rank {rank} of {count * nodes.count} (pid {first.pid} on {socket.gethostname()}) ended with "
         f"{first.signal_name() if killed else f'exit code {first.exitcode}'}: {why}. The others were stopped"
     )
 
