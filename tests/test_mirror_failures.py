@@ -15,7 +15,7 @@ import s3_server
 from mirrors import LIST, NEW, OLD, RUN, Files, Machine, before_requests, machines, read, write
 
 from matvlm import storage
-from matvlm.storage import Mirror, StorageError, s3
+from matvlm.storage import Mirror, MissingError, StorageError, s3
 from matvlm.storage.part import Part
 
 
