@@ -61,9 +61,9 @@ class EvalFlow(FlowSpec):
         model = Checkpoint.model_validate(self.models[label])
         page = cards.EvaluateCard(f"{task}, {label}: {model.uri}")
         with support.stage(self, recipe, f"evaluate[{label}, {task}]", page) as reporter:
-            result = evaluation.evaluate_task(model, recipe, task, reporter, support.device(self.index))
+            result = evaluation.evaluate_task(self, model, recipe, task, reporter, support.device(self.index))
             page.show(result)
-        self.result = result.model_dump(mode="json")
+        self.result = run_files.keep(self, result)
         self.next(self.compare)
 
     @card(type="blank", id="compare")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matvlm.artifacts import Checkpoint, EvalResult, ProfileResult
 from matvlm.config import Recipe
 from matvlm.gate import Verdict
 from matvlm.reporting import Reporter
-from matvlm.storage import folder_name, join
+from matvlm.storage import StorageError, folder_name, join, local_copy, put
 
 EVENT = "matvlm-checkpoint"
 """Published on a cluster for every registered checkpoint; its payload has ``checkpoint``, the registered version."""
@@ -37,8 +38,10 @@ def profile_models(flow: Any, recipe: Recipe, models: Iterable[Checkpoint], titl
     return result
 
 
-def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Reporter, device: str) -> EvalResult:
-    """``evaluate`` of one task, in a folder that all runs share: what ``model`` has answered once is not asked again.
+def evaluate_task(
+    flow: Any, model: Checkpoint, recipe: Recipe, task: str, reporter: Reporter, device: str
+) -> EvalResult:
+    """``evaluate`` of one task, with a folder that all runs share: what ``model`` has answered once is not asked again.
 
     Raises:
         EvaluationError, StorageError: as ``evaluate`` does.
@@ -46,14 +49,27 @@ def evaluate_task(model: Checkpoint, recipe: Recipe, task: str, reporter: Report
     from matvlm.evaluate import EvaluationError, evaluate
 
     settings = recipe.evaluate.model_copy(update={"tasks": [task]})
-    shared = run_files.mirror(join(run_files.runs_uri(), "evaluations", folder_name(model.uri)))
-    part = f"{task}-{settings.limit or 'all'}"
+    answered = join(folder_name(model.uri), f"{task}-{settings.limit or 'all'}")
     try:
-        with _alone(shared.folder / f"{part}.lock"), shared:
-            result = evaluate(model, settings, settings.limit, shared.open(part), reporter, device)
-        return result.model_copy(update={"samples_uri": shared.uri_of(result.samples_uri)})
+        with _shared(flow, join(run_files.runs_uri(), "evaluations", answered)) as out:
+            return evaluate(model, settings, settings.limit, out, reporter, device)
     except EvaluationError as error:
         raise EvaluationError(error.failed.get(task, str(error)), error.failed) from error
+
+
+@contextmanager
+def _shared(flow: Any, uri: str) -> Iterator[Path]:
+    """The folder ``uri``. On S3, where runs cannot wait for each other, a copy of it that is sent back when whole."""
+    if not uri.startswith("s3://"):
+        with _alone(Path(uri)):
+            yield Path(uri)
+        return
+    copy = run_files.path(flow, "answers", run_files.task_name(flow))
+    if not copy.exists():
+        with suppress(StorageError):  # nothing is there, or another run is replacing it now
+            shutil.copytree(local_copy(uri), copy)
+    yield copy
+    put(copy, uri)
 
 
 def join_tasks(models: dict[str, Any], inputs: Iterable[Any], folder: Path) -> list[EvalResult]:
@@ -93,10 +109,10 @@ def _failed(model: Checkpoint, task: str, done: Any) -> EvalResult:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Another run on this machine that wants the same answers waits here, and finds them."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
+def _alone(folder: Path) -> Iterator[None]:
+    """Another run that wants the same answers waits here, and finds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -17,6 +17,7 @@ from matvlm.distill.trainer import RESULT
 from matvlm.models.locate import package_folder
 from matvlm.storage import list_files, put, read_bytes, read_json
 from matvlm.storage.part import LIST, LISTS
+from matvlm.tracking import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,3 +71,32 @@ def check_parts(run: str) -> None:
         for file, said in files.items():
             content = read_bytes(f"{run}/{part}/{file}")
             assert (len(content), hashlib.sha256(content).hexdigest()) == (said["size"], said["sha256"]), file
+
+
+def test_runs_on_s3_share_answers_and_are_synced_from_there(tmp_path: Path) -> None:
+    """The second, on another machine, finds what the first has answered; MLflow may be told later, elsewhere."""
+    with s3_server.serve() as endpoint, s3_server.empty_bucket(endpoint, tmp_path / "cache") as store:
+        variables = s3_server.variables(endpoint, tmp_path / "cache") | {"MATVLM_RUNS": f"{store}/runs"}
+        words = ("run", "--checkpoint", "package://easyvqa-teacher", "--set", "evaluate.limit=8")
+        for machine in ("a", "b"):
+            folder = tmp_path / machine
+            folder.mkdir()
+            given = variables | {"MATVLM_CACHE": str(folder / "cache")}
+            code, output = run_flow(folder, *WITH_DEBUG, *words, flow="eval_flow.py", **given)
+            assert code == 0, output
+        keys = sorted({name.split("/")[0] for name in list_files(f"{store}/runs")} - {"evaluations"})
+        times = [answer_times(f"{store}/runs/{key}/answers") for key in keys]
+        assert [len(each) for each in times] == [2, 2]
+        assert set(times[1]) <= set(times[0])  # teacher and student are one model here: the second to answer is found
+        later = f"sqlite:///{tmp_path / 'later.db'}"
+        assert sync(f"{store}/runs/{keys[0]}", later) > 10
+        assert sync(f"{store}/runs/{keys[0]}", later) >= 0
+
+
+def answer_times(answers: str) -> list[str]:
+    """What the tasks' records say of how long answering took: nobody takes as long twice."""
+    return sorted(
+        str(read_json(f"{answers}/{name}")["seconds"])
+        for name in list_files(answers)
+        if name.endswith("easyvqa/results.json")
+    )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from matvlm.storage import Mirror
+from matvlm.storage import exists, join, local_copy
 from matvlm.tracking.address import public_uri, tracking_uri
 from matvlm.tracking.journal import FOLDER, Event, Journal, JournalBusy, journal_paths
 from matvlm.tracking.store import (
@@ -98,16 +98,11 @@ def sync(root: str | Path, uri: str | None = None) -> int:
     Raises:
         TrackingError: no journals there, or MLflow cannot be reached; what was sent before stays sent.
     """
-    with Mirror(root) as files:
-        for part in files.parts(FOLDER):
-            files.open(part)
-        return _sync(files.folder / FOLDER, uri)
-
-
-def _sync(folder: Path, uri: str | None) -> int:
+    place = join(root, FOLDER)
+    folder = local_copy(place) if exists(place) else Path(place)
     paths = journal_paths(folder)
     if not paths:
-        raise TrackingError(f"{folder}: no journals (*.jsonl); give the folder of a run, the one that holds {FOLDER}/")
+        raise TrackingError(f"{place}: no journals (*.jsonl); give the folder of a run, the one that holds {FOLDER}/")
     sent, stores = 0, dict[str, Store]()
     for path in paths:
         try:
