@@ -48,7 +48,6 @@ def path(flow: Any, *parts: str) -> Path:
 
 def keep(flow: Any, artifact: Artifact) -> dict[str, Any]:
     """``artifact`` as JSON for other steps, which may be elsewhere: files of the run by where the run keeps them."""
-
     files, fields = mirror(flow.folder), artifact.model_dump(mode="json")
     ours = {name for name in URIS & fields.keys() if Path(fields[name]).is_relative_to(files.folder)}
     return fields | {name: files.uri_of(fields[name]) for name in ours}

@@ -8,6 +8,7 @@ start -> prepare_data -> train -> evaluate -> end. The product is a model folder
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import run_files
 import support
@@ -57,7 +58,7 @@ class TeacherFlow(FlowSpec):
         teacher, out = Checkpoint.model_validate(self.teacher), run_files.path(self, "evaluation")
         with support.stage(self, recipe, "evaluate") as reporter:
             result = evaluate(teacher, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
-            write_card(run_files.path(self, "teacher"), recipe, teacher, result)
+            write_card(run_files.path(self, "teacher") / Path(teacher.uri).name, recipe, teacher, result)
         self.result = run_files.keep(self, result)
         self.next(self.end)
 

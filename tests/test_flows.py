@@ -33,7 +33,8 @@ from matvlm.tracking import flatten, resolve_checkpoint, sync
 pytestmark = pytest.mark.timeout(900)
 
 STEPS = {
-    *("start", "prepare_data", "teacher_targets", "join_targets", "init_hybrid", "distill", "join_students"),
+    *("start", "prepare_data", "teacher_targets", "join_targets", "init_hybrid", "choose_nodes", "distill", "collect"),
+    "join_students",
     *("list_models", "evaluate", "compare", "profile", "register", "end"),
 }
 TRACKED = {

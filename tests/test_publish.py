@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import metaflow
 import pytest
 import torch
 from flow_tools import FLOWS
@@ -124,7 +125,7 @@ def test_what_another_run_left_is_written_anew(stage: Stage, recipe: Recipe, tmp
 
 
 def test_what_is_published_is_registered_once_and_waits_for_its_evaluation(
-    stage: Stage, recipe: Recipe, folder: Path
+    stage: Stage, recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the flow's own registrar, through an interruption."""
 
@@ -132,7 +133,8 @@ def test_what_is_published_is_registered_once_and_waits_for_its_evaluation(
         raise KeyboardInterrupt
 
     place = folder / "runs" / "7"
-    flow = SimpleNamespace(run_key="TrainFlow/7", folder=str(place))
+    flow = SimpleNamespace(run_key="TrainFlow/7", folder=str(place), foreach_stack=list)
+    monkeypatch.setattr(type(metaflow.current), "step_name", "distill")
     registrar = evaluation.Registrar(flow, recipe, "paper")
     with pytest.raises(KeyboardInterrupt):
         stage.run(place, Reporters(registrar, Kept(at=5, then=stop)), recipe)

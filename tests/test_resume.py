@@ -111,10 +111,11 @@ def test_only_what_was_missing_is_done_again(story: Story) -> None:
         "teacher_targets",
         "join_targets",
         "init_hybrid",
+        "choose_nodes",
         "distill",
     ]
     evaluations = ["evaluate"] * 3
-    assert started(story.failed) == ["distill", "join_students", "list_models", *evaluations, "compare"]
+    assert started(story.failed) == ["distill", "collect", "join_students", "list_models", *evaluations, "compare"]
     assert started(story.continued) == ["compare", "profile", "register", "end"]
 
 

@@ -136,13 +136,10 @@ class Meeting:
         Raises:
             ProcessError: another node has failed, or has gone.
         """
-        heard = self._all_heard()
-        for word, _, _ in heard.values():
-            if word.why:
-                raise _NodeError(word.why)
+        self._raise_why()
         if self._problem:
             raise _NodeError(self._problem)
-        for index, (word, _, when) in heard.items():
+        for index, (word, _, when) in self._all_heard().items():
             if word.state != LEFT and (silent := time.monotonic() - when) > (silence or SILENCE_SECONDS):
                 raise _NodeError(
                     f"node {index} of {self.nodes.count} was killed or is out of reach: nothing was heard of it for "
@@ -168,6 +165,13 @@ class Meeting:
         while any(heard.word.state == WORKS for heard in self._all_heard().values()):
             self.check()
             time.sleep(BEAT_SECONDS / 5)
+        self._raise_why()  # of one that had left before this one looked
+
+    def _raise_why(self) -> None:
+        """The error that another node has told of, if one has."""
+        for word, _, _ in self._all_heard().values():
+            if word.why:
+                raise _NodeError(word.why)
 
     def _gather(self) -> None:
         until = time.monotonic() + MEET_SECONDS
