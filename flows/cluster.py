@@ -13,8 +13,8 @@ from matvlm.config import Resources, StepResources
 
 PLACE = {"image": "image", "node_selector": "node_selector", "tolerations": "tolerations", "disk": "disk_mb"}
 """Of Metaflow's ``@kubernetes``: what ``@resources`` has no word for, and where the recipe has it."""
-ALIKE = {"distill": ("distill", "distill_on_nodes")}
-"""Steps of a flow that are one in a recipe."""
+SAID_OF = {"distill_on_nodes": "distill"}
+"""Steps that a recipe knows by another name."""
 
 
 class Cluster(FlowMutator):
@@ -30,7 +30,7 @@ class Cluster(FlowMutator):
         wanted = Resources.model_validate(dict(mutable_flow.configs)["recipe"]["resources"])
         elsewhere = asked_for(sys.argv) or "METAFLOW_KUBERNETES_WORKLOAD" in os.environ
         for name, step in mutable_flow.steps:
-            said = next((one for one, alike in ALIKE.items() if name in alike), name)
+            said = SAID_OF.get(name, name)
             own: StepResources = wanted.of(said) if said in self.computes else wanted.own(said)
             _decorate(step, own, elsewhere)
             retries = wanted.of(said).retries

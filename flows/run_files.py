@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from metaflow import current, metaflow_config
@@ -37,7 +36,7 @@ def runs_uri() -> str:
 
 @functools.cache
 def mirror(uri: str) -> Mirror:
-    """The files of a run, or another folder of the runs', as this process has them."""
+    """The files of the run at ``uri`` as this process has them."""
     return Mirror(uri)
 
 
@@ -71,7 +70,7 @@ def tracker(run_key: str, folder: str, experiment: str, task: str) -> Iterator[T
         yield Tracker(run_key, files.folder, experiment, part=task, kept=folder)
 
 
-def finish(flow: Any, recipe: Any, summary: Mapping[str, float] = MappingProxyType({})) -> None:
+def finish(flow: Any, recipe: Any, summary: Mapping[str, float] | None = None) -> None:
     """End the run in MLflow, with the results by which runs are compared, and deliver what is not there yet."""
     with tracking(flow, recipe) as tracker:
         if summary:

@@ -15,7 +15,6 @@ folder.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import cards
 import distillation
@@ -58,7 +57,7 @@ class TrainFlow(FlowSpec):
             model, processor = support.load_teacher(recipe)
             support.check_layers(recipe, len(decoder_layers(model)))
             encoder = Encoder(processor, recipe.data.max_length)
-            data = prepare(recipe.data, recipe.seed, self.path("data"), reporter, encoder)
+            data = prepare(recipe.data, recipe.seed, run_files.path(self, "data"), reporter, encoder)
         self.data = run_files.keep(self, data)
         self.shards = list(range(recipe.targets.shards))
         self.next(self.teacher_targets, foreach="shards")
@@ -96,12 +95,12 @@ class TrainFlow(FlowSpec):
         with support.stage(self, recipe, "init_hybrid") as reporter:
             if recipe.hybrid.layers == "sensitivity":
                 report = choose_by_sensitivity(
-                    recipe, teacher, data, self.path("sensitivity"), reporter, support.device()
+                    recipe, teacher, data, run_files.path(self, "sensitivity"), reporter, support.device()
                 )
                 layers = report.chosen
                 print(report.table())
             students = [
-                init_student(recipe, teacher, init, data, self.path("init", init), layers, support.device())
+                init_student(recipe, teacher, init, data, run_files.path(self, "init", init), layers, support.device())
                 for init in recipe.hybrid.variants
             ]
             reporter.metrics({"replaced_layers": len(students[0].layers), "parameters": students[0].parameters})
@@ -111,7 +110,7 @@ class TrainFlow(FlowSpec):
     @step
     def choose_nodes(self):
         self.student = self.input
-        self.nodes = self.settings().resources.of("distill").nodes
+        self.nodes = self.settings().resources.nodes
         self.where = "one_node" if self.nodes == 1 else "several_nodes"
         self.next({"one_node": self.distill, "several_nodes": self.spread}, condition="where")
 
@@ -170,7 +169,7 @@ class TrainFlow(FlowSpec):
         limit = recipe.evaluate.limit_comparisons if beside else recipe.evaluate.limit
         page = cards.EvaluateCard(f"Evaluating {recipe.name}: {model.label}")
         with support.stage(self, recipe, f"evaluate[{model.label}]", page) as reporter:
-            out = self.path("evaluation", support.file_name(model.label))
+            out = run_files.path(self, "evaluation", support.file_name(model.label))
             result = evaluate(model, recipe.evaluate, limit, out, reporter, support.device())
             page.show(result)
         self.result = run_files.keep(self, result)
@@ -191,8 +190,8 @@ class TrainFlow(FlowSpec):
             chosen = (results[0].samples_uri, results[1].samples_uri, recipe.evaluate.samples_shown, recipe.seed)
             samples, regressions = compare_samples(*chosen), worst_regressions(*chosen)
             scores = compare(results[0], results[1])
-            report.write_accuracy(table, samples, self.path("report"), reporter)
-            report.write_comparison(scores, regressions, self.path("report"), reporter)
+            report.write_accuracy(table, samples, run_files.path(self, "report"), reporter)
+            report.write_comparison(scores, regressions, run_files.path(self, "report"), reporter)
             cards.show_comparison([row._asdict() for row in table], samples, scores, regressions)
         self.next(self.profile)
 
@@ -223,16 +222,13 @@ class TrainFlow(FlowSpec):
         recipe = self.settings()
         run_files.finish(self, recipe, self.headline)
         for name in ("accuracy.md", "profile.md"):
-            print((self.path("report") / name).read_text())
+            print((run_files.path(self, "report") / name).read_text())
         print(f"Student: {self.models[1]['uri']}  ({recipe.tracking.model_name} version {self.version})")
         print(f"Reports: {self.folder}/report")
         print(f"Compare runs: mlflow ui    Cards: python {support.script()} card server")
 
     def settings(self) -> Recipe:
         return Recipe.model_validate(self.recipe.to_dict())
-
-    def path(self, *parts: str) -> Path:
-        return run_files.path(self, *parts)
 
     def targets_uri(self) -> str:
         """Written and read where they are kept: tasks that share the work see each other's shards."""

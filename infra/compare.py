@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from browser import headless
 from stack import Stack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,41 +31,8 @@ TEACHER = "package://easyvqa-teacher"
 RATIOS = {"hybrid-25": 0.25, "hybrid-50": 0.5}
 SHORT = ("hybrid.compare_inits=[]", "evaluate.limit_comparisons=1", "profile.prompts=[256]", "profile.repeats=3")
 """Leaves out what the page does not show."""
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1400, 1630
+SIZE = (1400, 1630)
 PAGE_SECONDS = 90
-
-
-@contextmanager
-def headless(profile: Path) -> Iterator[Any]:
-    """A headless Chromium, with its files in ``profile``, that reaches nothing but loopback.
-
-    Raises:
-        FileNotFoundError: Chromium or its driver is not installed.
-    """
-    from selenium import webdriver
-
-    chromium, driver = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
-    if not chromium or not driver:
-        raise FileNotFoundError("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"--window-size={WIDTH},{HEIGHT}",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    try:
-        yield browser
-    finally:
-        browser.quit()
 
 
 def open_comparison(browser: Any, server: str, experiment_id: str, run_ids: Sequence[str], metric: str) -> str:
@@ -123,7 +90,7 @@ def main() -> None:
     try:
         stack.up()
         experiment_id, run_ids = make_runs(folder, stack.url)
-        with headless(folder / "profile") as browser:
+        with headless(folder / "profile", SIZE) as browser:
             open_comparison(browser, stack.url, experiment_id, run_ids, "easyvqa/accuracy")
             browser.save_screenshot(str(options.image))
     finally:

@@ -491,7 +491,12 @@ StepName = Literal[
     "teacher_targets",
     "join_targets",
     "init_hybrid",
+    "choose_nodes",
     "distill",
+    "spread",
+    "join_nodes",
+    "collect",
+    "join_students",
     "list_models",
     "evaluate",
     "compare",
@@ -501,7 +506,7 @@ StepName = Literal[
     "train",
     "end",
 ]
-"""Of the flows."""
+"""Of the flows' steps; ``distill`` also of the tasks that are its nodes."""
 
 
 class StepResources(Section):

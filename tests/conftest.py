@@ -12,11 +12,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mirrors
 import pytest
 import s3_server
 import tiny_chat
 import torch
 
+from matvlm.storage import Mirror
 from matvlm.tracking.store import open_client
 
 SERVER_START_SECONDS = 90.0  # of MLflow's server; measured: 7.5 s
@@ -63,6 +65,23 @@ def bucket(s3_endpoint: str, tmp_path: Path) -> Iterator[str]:
     """The URI of an empty bucket there, which this process and those it starts can reach."""
     with s3_server.empty_bucket(s3_endpoint, tmp_path / "cache") as uri:
         yield uri
+
+
+@pytest.fixture
+def run(bucket: str) -> str:
+    """The URI of a folder there that nobody has written to."""
+    return f"{bucket}/{mirrors.RUN}"
+
+
+@pytest.fixture
+def machine(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mirrors.Machine:
+    """Gives a mirror of ``run`` as the machine of a name has it, with a cache of its own."""
+
+    def start(name: str) -> Mirror:
+        monkeypatch.setenv("MATVLM_CACHE", str(tmp_path / name))
+        return Mirror(run)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from matvlm import storage
 from matvlm.storage import Mirror, s3
 
@@ -18,16 +16,6 @@ Files = dict[str, bytes]
 Machine = Callable[[str], Mirror]
 OLD: Files = {"a": b"1", "b": b"22", "sub/c": b"333"}
 NEW: Files = {"a": b"one", "sub/c": b"333", "d/e": b"4444"}
-
-
-def machines(run: str, folder: Path, patch: pytest.MonkeyPatch) -> Machine:
-    """Gives a mirror of ``run`` as the machine of a name has it, with a cache of its own."""
-
-    def start(name: str) -> Mirror:
-        patch.setenv("MATVLM_CACHE", str(folder / name))
-        return Mirror(run)
-
-    return start
 
 
 def write(folder: Path, files: Files) -> None:

@@ -1,11 +1,13 @@
 """Recipes: every shipped one parses and says what it should; bad input is one error with file and field."""
 
+import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from matvlm.config import Recipe
+from matvlm.config import Recipe, StepName
 from matvlm.recipes import RecipeError, load_recipe, parse_recipe, split_overrides
 
 RECIPES = Path(__file__).parents[1] / "flows" / "recipes"
@@ -188,3 +190,11 @@ def test_a_recipe_cannot_be_changed():
 
 def test_variants_start_with_the_recipes_own():
     assert parse_recipe(MINIMAL + "hybrid: {compare_inits: [random]}").hybrid.variants == ["aligned", "random"]
+
+
+def test_the_steps_of_a_recipe_are_those_of_the_flows():
+    """But for that of the nodes of a distillation, which is ``distill`` in a recipe."""
+    trees = [ast.parse(path.read_text()) for path in RECIPES.parent.glob("*_flow.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    steps = {f.name for f in functions if any(isinstance(d, ast.Name) and d.id == "step" for d in f.decorator_list)}
+    assert steps - {"distill_on_nodes"} == set(get_args(StepName))

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ from matvlm.cli import main
 from matvlm.generation import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "infra"))
+
+from browser import headless  # noqa: E402
+
 FIGURES = re.compile(r"(\d+) tokens, first after [\d,]+ ms, then [\d,.]+ tokens/s")
 START_SECONDS = 90.0  # measured: 6 s
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TOKENS = 6
 
 
@@ -191,31 +194,14 @@ def test_a_teacher_that_is_asked_for_has_to_be_there(talkers: Path, capsys: pyte
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    """Headless Chromium that reaches nothing but loopback."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, see requirements.txt")
-    chromium, driver = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        "--window-size=1100,900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ):
-        options.add_argument(argument)
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    opened.set_script_timeout(60)
-    yield opened
-    opened.quit()
+    pytest.importorskip("selenium.webdriver", reason="needs selenium, see requirements.txt")
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(headless(tmp_path / "profile", (1100, 900)))
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        opened.set_script_timeout(60)
+        yield opened
 
 
 def test_the_page_in_a_browser(talkers: Path, servers: dict[str, Server], browser: Any, tmp_path: Path) -> None:

@@ -13,21 +13,11 @@ from pathlib import Path
 import pytest
 import s3_server
 from botocore.awsrequest import AWSResponse
-from mirrors import LIST, NEW, OLD, RUN, Machine, before_requests, machines, read, write
+from mirrors import LIST, NEW, OLD, Machine, before_requests, read, write
 from urllib3 import HTTPResponse
 
 from matvlm import storage
 from matvlm.storage import Mirror, MissingError, StorageError, mirror, s3
-
-
-@pytest.fixture
-def run(bucket: str) -> str:
-    return f"{bucket}/{RUN}"
-
-
-@pytest.fixture
-def machine(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return machines(run, tmp_path, monkeypatch)
 
 
 def test_a_local_folder_is_its_own_mirror(tmp_path: Path) -> None:
@@ -39,7 +29,6 @@ def test_a_local_folder_is_its_own_mirror(tmp_path: Path) -> None:
         assert not part.exists()
         write(part, OLD)
         assert local.uri_of(part) == str(part)
-        assert local.local(str(part)) == part
     assert storage.list_files(tmp_path) == [f"run/distill/aligned/{name}" for name in OLD]
     with pytest.raises(StorageError, match="neither a local path nor s3"):
         Mirror("gs://bucket/run")
@@ -99,14 +88,10 @@ def test_names_of_both_sides_fit(run: str, machine: Machine, tmp_path: Path) -> 
     for parts in ((), ("data",), ("distill", "aligned", "model.bin")):
         path, uri = writer.folder.joinpath(*parts), storage.join(run, *parts)
         assert writer.uri_of(path) == uri
-        assert writer.local(uri) == path
     assert Mirror(f"{run}/").folder == writer.folder
     for outside in (writer.folder.parent, writer.folder / ".." / "x", tmp_path):
         with pytest.raises(StorageError, match="not in the folder"):
             writer.uri_of(outside)
-    for outside_uri in (f"{run}1/x", "s3://other/runs/r-1", f"{run}/../x", f"{run}//etc", str(tmp_path)):
-        with pytest.raises(StorageError, match="not in the folder s3://matvlm-test/runs/r-1"):
-            writer.local(outside_uri)
     with pytest.raises(MissingError):
         storage.read_bytes(storage.join(run, LIST))
 

@@ -12,21 +12,11 @@ from pathlib import Path
 
 import pytest
 import s3_server
-from mirrors import LIST, NEW, OLD, RUN, Files, Machine, before_requests, machines, read, write
+from mirrors import LIST, NEW, OLD, Files, Machine, before_requests, read, write
 
 from matvlm import storage
 from matvlm.storage import Mirror, MissingError, StorageError, s3
 from matvlm.storage.part import Part
-
-
-@pytest.fixture
-def run(bucket: str) -> str:
-    return f"{bucket}/{RUN}"
-
-
-@pytest.fixture
-def machine(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return machines(run, tmp_path, monkeypatch)
 
 
 def _push_until_killed(run: str, cache: str, request: int) -> None:

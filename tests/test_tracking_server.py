@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "infra"))
 
 import compare  # noqa: E402
+from browser import headless  # noqa: E402
 from stack import KEYS, Stack, is_free  # noqa: E402
 
 STEP = "distill[aligned]"
@@ -176,7 +177,7 @@ def test_the_compare_page_shows_three_runs_and_their_scores(stack: Stack, tmp_pa
     found = runs(stack, "compared")
     ids = [found[name].info.run_id for name in scores]
     try:
-        with compare.headless(tmp_path / "profile") as browser:
+        with headless(tmp_path / "profile", compare.SIZE) as browser:
             page = compare.open_comparison(
                 browser, stack.url, found["teacher"].info.experiment_id, ids, "easyvqa/accuracy"
             )

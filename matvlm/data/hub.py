@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matvlm.config import Data
-from matvlm.data.images import ImageFolder, is_inside
+from matvlm.data.images import ImageFolder, is_own_file
 from matvlm.data.rows import BadSample, DataError, Entry, Row, StoredImage, is_unicode, turns_in, without_image
 
 
@@ -116,15 +116,6 @@ def _stored(image: Any, images: ImageFolder | None, path: str, where: str) -> St
         return {"bytes": image, "path": None}
     if image["bytes"] is not None:
         return {"bytes": image["bytes"], "path": None}
-    if not _is_own_file(image["path"], path):
+    if not is_own_file(image["path"], path):
         raise BadSample("image outside its folder", f"{where}: {image['path']!r} is no file of this data set")
     return {"bytes": None, "path": image["path"]}
-
-
-def _is_own_file(image: str, path: str) -> bool:
-    """Whether the file ``image`` is one of the data set at ``path``: below that folder, or fetched from the hub."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    fetched = [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
-    return any(is_inside(image, folder) for folder in ([path] if Path(path).is_dir() else fetched))

@@ -120,6 +120,15 @@ def is_inside(path: str, folder: str) -> bool:
     return any(Path(os.path.abspath(path)).is_relative_to(parent) for parent in parents)
 
 
+def is_own_file(path: str, source: str) -> bool:
+    """Whether the local ``path`` is of the data at ``source``: below that folder, or what the hub gave of that id."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = [source] if Path(source).is_dir() else [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
+    return any(is_inside(path, folder) for folder in folders)
+
+
 def _inside(folder: str, name: str, where: str) -> str:
     """The file ``name`` of ``folder``, without ``..`` in it.
 

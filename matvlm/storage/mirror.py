@@ -111,20 +111,6 @@ class Mirror:
             raise StorageError(f"{path}: not in the folder {self.folder} of {self.uri}")
         return join(self.uri, *below.relative_to(self.folder).parts)
 
-    def local(self, uri: Uri) -> Path:
-        """The local path of a URI in the folder ``uri``; nothing is fetched.
-
-        Raises:
-            StorageError: it is outside.
-        """
-        if not self._remote:
-            return local_path(uri)
-        text = join(uri)
-        below = text.removeprefix(self.uri).removeprefix("/")
-        if not f"{text}/".startswith(f"{self.uri}/") or (below and not is_below(below)):
-            raise StorageError(f"{uri}: not in the folder {self.uri}")
-        return self.folder / below
-
     def __enter__(self) -> Mirror:
         self._blocks += 1
         if self._remote and self._blocks == 1:
