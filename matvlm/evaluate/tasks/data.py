@@ -18,9 +18,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from matvlm.data.images import is_own_file
+EpsImagePlugin.gs_binary = False  # an EPS file is a program, which Pillow would have Ghostscript run
 
 IMAGE_MARK = "<image>"
 IMAGES_KEPT = 64
@@ -221,7 +221,7 @@ def _place(stored: Any, where: str, number: int, late: Callable[[int], Any], pla
     if not content:
         raise ValueError(f"image {number} is empty")
     if not isinstance(content, bytes):
-        if not is_own_file(str(content), place):
+        if not _is_own_file(str(content), place):
             raise ValueError(f"image file {content} is not in the folder of these data")
         _check_file(str(content))
         return str(content)
@@ -229,6 +229,16 @@ def _place(stored: Any, where: str, number: int, late: Callable[[int], Any], pla
     where = f"{where}, image {number}"
     _stored[where] = partial(late, number)
     return where
+
+
+def _is_own_file(path: str, place: str) -> bool:
+    """``matvlm.data.images.is_own_file``, again because lm-eval runs the tasks where that may not be installed."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = [place] if Path(place).is_dir() else [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
+    parents = [parent for folder in folders for parent in (os.path.abspath(folder), os.path.realpath(folder))]
+    return any(Path(os.path.abspath(path)).is_relative_to(parent) for parent in parents)
 
 
 def _content(stored: Any) -> Any:
