@@ -27,7 +27,8 @@ class Cluster(FlowMutator):
         self.computes = computes
 
     def mutate(self, mutable_flow: Any) -> None:
-        wanted = Resources.model_validate(dict(mutable_flow.configs)["recipe"]["resources"])
+        given = dict(mutable_flow.configs)["recipe"]
+        wanted = Resources.model_validate(given.get("recipe", given)["resources"])  # of a sweep, its base recipe's
         elsewhere = asked_for(sys.argv) or "METAFLOW_KUBERNETES_WORKLOAD" in os.environ
         for name, step in mutable_flow.steps:
             said = SAID_OF.get(name, name)

@@ -28,7 +28,7 @@ def distill(flow: Any, recipe: Recipe, nodes: Nodes) -> dict[str, Any] | None:
     student = Checkpoint.model_validate(flow.student)
     name = f"distill[{student.init}]"
     job = DistillJob(
-        recipe=_here(flow, recipe),
+        recipe=here(flow, recipe, "distill"),
         student=student,
         teacher=Checkpoint.model_validate(flow.teacher),
         data=DataManifest.model_validate(flow.data),
@@ -52,9 +52,9 @@ def port(run_id: str, student: dict[str, Any]) -> int:
     return PORTS[zlib.crc32(f"{run_id} {student['init']}".encode()) % len(PORTS)]
 
 
-def _here(flow: Any, recipe: Recipe) -> Recipe:
-    """With the resources of this step; snapshots of a run on S3 are there too, unless the recipe says where."""
+def here(flow: Any, recipe: Recipe, step: str) -> Recipe:
+    """With the resources of ``step``; snapshots of a run on S3 are there too, unless the recipe says where."""
     distill = recipe.distill
     if flow.folder.startswith("s3://") and distill.snapshots is None:
         distill = distill.model_copy(update={"snapshots": join(run_files.runs_uri(), "snapshots")})
-    return recipe.model_copy(update={"resources": recipe.resources.of("distill"), "distill": distill})
+    return recipe.model_copy(update={"resources": recipe.resources.of(step), "distill": distill})

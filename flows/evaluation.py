@@ -95,7 +95,7 @@ def join_tasks(models: dict[str, Any], inputs: Iterable[Any], folder: Path) -> l
 
 
 def _failed(model: Checkpoint, task: str, done: Any) -> EvalResult:
-    reason = " ".join(str(done.failure.exception).split()) or done.failure.type
+    reason = reason_of(done.failure)
     print(f"{task} failed for the {model.label}: {reason}")
     return EvalResult(
         label=model.label,
@@ -106,6 +106,11 @@ def _failed(model: Checkpoint, task: str, done: Any) -> EvalResult:
         samples_uri="",
         failed={task: reason},
     )
+
+
+def reason_of(failure: Any) -> str:
+    """What a step's ``@catch`` has caught, in one line."""
+    return " ".join(str(failure.exception).split()) or str(failure.type)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,13 +65,18 @@ def open_run(recipe: Any, **tags: str) -> tuple[str, str]:
 
 
 @contextmanager
-def stage(flow: Any, recipe: Any, name: str, *listeners: Reporter) -> Iterator[Reporter]:
+def stage(
+    flow: Any, recipe: Any, name: str, *listeners: Reporter, params: Mapping[str, str] | None = None
+) -> Iterator[Reporter]:
     """The MLflow run of one step, and what else listens to it; sets the recipe's number of torch threads.
 
-    Whatever the block writes in the run's folder is kept there, from time to time and when it ends.
+    Whatever the block writes in the run's folder is kept there, from time to time and when it ends. ``params`` are
+    those of a step that has some of its own.
     """
     _set_threads(recipe)
     with clear_errors(name), run_files.tracking(flow, recipe) as tracker, tracker.step(name) as run:
+        if params:
+            run.params(params)
         yield Reporters(run, *listeners)
 
 
@@ -165,9 +170,9 @@ def resume_command(run_id: str) -> str:
     return f"python {script()} resume --origin-run-id {run_id} {options}".rstrip()
 
 
-def parse(text: str, kind: type[Kind]) -> dict[str, Any]:
-    """A recipe's text as the JSON-able dict that Metaflow stores with the run."""
-    return parse_recipe(text, source=_recipe_source(), kind=kind).model_dump(mode="json")
+def parse(text: str, kind: type[Kind], default: str = "recipe") -> dict[str, Any]:
+    """A recipe's text as the JSON-able dict that Metaflow stores with the run; ``default`` names it if nobody did."""
+    return parse_recipe(text, source=_recipe_source(default), kind=kind).model_dump(mode="json")
 
 
 def main(flow: type[FlowSpec], kind: type[Kind], check: Callable[[Kind], None] = lambda recipe: None) -> None:
@@ -206,7 +211,8 @@ def _after_failure(flow_name: str, run_id: str) -> None:
         run_key, folder, recipe = started.run_key, started.folder, started.recipe
     except (MetaflowException, KeyError, AttributeError):
         return
-    run_files.close(run_key, folder, recipe["tracking"]["experiment"], "FAILED", "launcher")
+    experiment = recipe.get("recipe", recipe)["tracking"]["experiment"]  # of a sweep, its base recipe's
+    run_files.close(run_key, folder, experiment, "FAILED", "launcher")
     print(f"\nThe run stopped. Continue it with:\n    {resume_command(run_id)}", file=sys.stderr)
 
 
@@ -229,6 +235,9 @@ def _with_overrides(
         check(recipe)
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
+    workers = getattr(recipe, "max_parallel", None)
+    if workers and not any(word.partition("=")[0] == "--max-workers" for word in words):
+        words = [*words, "--max-workers", str(workers)]
     return ["--config-value", "recipe", json.dumps(recipe.model_dump(mode="json")), *words]
 
 
@@ -264,6 +273,6 @@ def _take_recipe(words: list[str], flow: type[FlowSpec]) -> tuple[str, list[str]
     return str(flow.DEFAULT_RECIPE), words
 
 
-def _recipe_source() -> str:
+def _recipe_source(default: str) -> str:
     words = sys.argv
-    return next((words[i + 2] for i, word in enumerate(words[:-2]) if word == "--config"), "recipe")
+    return next((words[i + 2] for i, word in enumerate(words[:-2]) if word == "--config"), default)

@@ -1,6 +1,7 @@
-"""Trains the small teacher on easy-VQA and measures it on the package's test split.
+"""Trains a teacher on easy-VQA and measures it on the package's test split.
 
     python flows/teacher_flow.py run
+    python flows/teacher_flow.py --config recipe flows/recipes/teacher-smollm2.yaml run
 
 start -> prepare_data -> train -> evaluate -> end. The product is a model folder with its card; ``end`` prints where.
 """
@@ -18,7 +19,7 @@ from metaflow import Config, FlowSpec, step
 import matvlm
 from matvlm.artifacts import Checkpoint, DataManifest
 from matvlm.data.prepare import prepare
-from matvlm.pretrain import PretrainRecipe, pretrain, write_card
+from matvlm.pretrain import PretrainRecipe, pretrain, publish, write_card
 
 assert matvlm  # imported at the top of a flow file, so that Metaflow packages the library
 
@@ -58,14 +59,16 @@ class TeacherFlow(FlowSpec):
         teacher, out = Checkpoint.model_validate(self.teacher), run_files.path(self, "evaluation")
         with support.stage(self, recipe, "evaluate") as reporter:
             result = evaluate(teacher, recipe.evaluate, recipe.evaluate.limit, out, reporter, support.device())
-            write_card(run_files.path(self, "teacher") / Path(teacher.uri).name, recipe, teacher, result)
+            folder = run_files.path(self, "teacher") / Path(teacher.uri).name
+            write_card(folder, recipe, teacher, result)
+            self.published = publish(recipe, folder)
         self.result = run_files.keep(self, result)
         self.next(self.end)
 
     @step
     def end(self):
         run_files.finish(self, self.settings(), self.result["metrics"])
-        print(f"Teacher: {self.teacher['uri']}\nScores: {self.result['metrics']}")
+        print(f"Teacher: {self.published or self.teacher['uri']}\nScores: {self.result['metrics']}")
 
     def settings(self) -> PretrainRecipe:
         return PretrainRecipe.model_validate(self.recipe.to_dict())

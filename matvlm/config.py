@@ -52,6 +52,9 @@ class Data(Section):
     """Where training samples come from and which are kept."""
 
     source: Literal["easyvqa", "llava", "datasets"] = "easyvqa"
+    answers: Literal["words", "sentences", "both"] = "words"
+    """Of ``easyvqa``: single words, as it has them, whole sentences, which each question then asks for, or, turn by
+    turn, both."""
     path: str | None = None
     """``llava``: a JSON or JSONL file of LLaVA-format conversations, local or ``s3://``. ``datasets``: a hub id, or a
     folder of parquet, JSON, Arrow or images."""
@@ -84,6 +87,8 @@ class Data(Section):
             raise ValueError("source 'easyvqa' ships with its package: remove path and image_folder")
         if self.source != "datasets" and (self.split != "train" or self.name or self.columns):
             raise ValueError(f"split, name and columns are of source 'datasets', not of {self.source!r}: remove them")
+        if self.source != "easyvqa" and self.answers != "words":
+            raise ValueError(f"answers are phrased for source 'easyvqa' only, not for {self.source!r}: remove answers")
         return self
 
 
@@ -282,6 +287,15 @@ class Align(Section):
     schedule: Schedule = Schedule()
 
 
+class Validation(Section):
+    """Samples that are not trained on, on which the student is held against its teacher while it learns."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """How many are kept from training, the same ones whatever the seed; 0 leaves it out."""
+    every_updates: Count = 100
+    """Beside before the first and after the last update."""
+
+
 class DeepSpeed(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What GPUs share instead of each holding it: nothing, the optimiser (1), the gradients too (2), the weights too,
@@ -322,6 +336,7 @@ class Distill(Section):
     loss: LossPlan = LossPlan()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    validation: Validation = Validation()
     deepspeed: DeepSpeed = DeepSpeed()
     autocast: Literal["off", "bfloat16"] = "off"
     activation_checkpointing: Literal["none", "mixers", "layers"] = "none"
@@ -375,8 +390,8 @@ class Distill(Section):
 
 
 TASKS = (
-    *("easyvqa", "gqa", "mmbench_en_dev", "mmbench_en_test", "mme", "mmmu", "mmvet", "pope", "scienceqa_img"),
-    *("textvqa", "textvqa_ocr", "vqav2_testdev", "vqav2_val"),
+    *("easyvqa", "easyvqa_sentence", "gqa", "mmbench_en_dev", "mmbench_en_test", "mme", "mmmu", "mmvet", "pope"),
+    *("python_docs", "scienceqa_img", "textvqa", "textvqa_ocr", "vqav2_testdev", "vqav2_val"),
 )
 """The benchmarks of ``matvlm.evaluate.tasks``."""
 
@@ -394,7 +409,7 @@ class Evaluate(Section):
     tasks: Annotated[list[TaskName], Field(min_length=1)] = ["easyvqa"]
     data: dict[TaskName, str] = {}
     """Task -> the folder with its data, local or ``s3://``, as on the hub or as the benchmark's authors give it; those
-    of the others are fetched from the hub, but easyvqa's, which are at hand."""
+    of the others are fetched from the hub, but easy-VQA's and Python's own text, which are at hand."""
     hub_org: str = "lmms-lab"
     """The organisation on the Hugging Face hub that has the benchmarks' data sets."""
     limit: Count | None = None
@@ -504,6 +519,10 @@ StepName = Literal[
     "register",
     "gate",
     "train",
+    "list_points",
+    "point",
+    "join_points",
+    "report",
     "end",
 ]
 """Of the flows' steps; ``distill`` also of the tasks that are its nodes."""

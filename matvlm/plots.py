@@ -6,6 +6,7 @@ Colours are from a palette that stays apart for colour-blind readers; every seri
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from matvlm.artifacts import Measurement, ProfilePoint, ProfileResult
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", ":", "-.")
+"""Of further series when the colours are used up."""
 DASHES = {"engine": "-", "hf": "--", "hf_static": "-."}
 LOG_FROM = 4.0
 """Values of a profile that differ by more are drawn on a logarithmic axis."""
@@ -57,6 +60,67 @@ def loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         axes[1].set_ylabel("learning rate")
         axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes[-1].set_xlabel("optimiser updates")
+    _save(figure, path)
+
+
+def validation_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path) -> None:
+    """The divergence on held-out samples over optimiser updates, a line for each name.
+
+    Args:
+        curves: by name, the (update, KL in nats) of each seed; of several there is a thin line each, and their mean.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    drawn = {name: [seed for seed in seeds if seed] for name, seeds in curves.items() if any(seeds)}
+    if not drawn:
+        raise ValueError(f"{path}: nothing to draw, no curve has a point")
+    figure, (axis,) = _figure(size=(7.5, 5.0))
+    for number, (name, seeds) in enumerate(drawn.items()):
+        look = {"color": _colour(number), "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+        for seed in seeds if len(seeds) > 1 else ():
+            axis.plot(*zip(*seed, strict=True), linewidth=0.8, alpha=0.4, **look)
+        axis.plot(*zip(*_mean_curve(seeds), strict=True), linewidth=1.8, label=name, **look)
+    if all(value > 0 for seeds in drawn.values() for seed in seeds for _, value in seed):
+        _log_axis(axis)
+    axis.set_xlabel("optimiser updates")
+    axis.set_ylabel("KL(teacher || student), held-out samples [nats]")
+    axis.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def tradeoff(scores: Mapping[str, float], result: ProfileResult, path: Path) -> None:
+    """The score over decoding speed and over memory, a dot for each model.
+
+    They are those on the stack that models are compared on, at the longest of the places that most were measured at.
+
+    Args:
+        scores: by the label that a model has in ``result``.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    found: dict[tuple[int, int, int], dict[str, Measurement]] = {}
+    for point in result.points:
+        if point.stack == result.stack and point.label in scores and point.measured:
+            found.setdefault(point.place, {})[point.label] = point.measured
+    if not found:
+        raise ValueError(f"{path}: nothing to draw, no model with a score was measured")
+    place = max(found, key=lambda place: (len(found[place]), place[0] + place[1], place))
+    figure, axes = _figure(columns=2, size=(11.0, 4.6), sharey=True)
+    for axis, (title, unit, value) in zip(axes, profile_panels(result), strict=False):
+        for number, (label, measured) in enumerate(found[place].items()):
+            look = {"marker": MARKERS[number % len(MARKERS)], "color": _colour(number), "label": label}
+            axis.plot(value(measured), scores[label], linestyle="", markersize=9, **look)
+        axis.set_title(title.partition(" (")[0])
+        axis.set_xlabel(unit)
+        axis.margins(0.15)
+    axes[0].set_ylabel("score")
+    axes[0].legend(frameon=False, fontsize=9)
+    prompt, new_tokens, batch_size = place
+    figure.suptitle(f"prompt {prompt:,}, {new_tokens:,} new tokens, batch {batch_size:,}", fontsize=9, color="0.35")
     _save(figure, path)
 
 
@@ -212,6 +276,15 @@ def _log_axis(axis: Any) -> None:
 def _series(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
     rows = [row for row in history if name in row]
     return [row["update"] for row in rows], [row[name] for row in rows]
+
+
+def _mean_curve(seeds: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Over the updates at which every seed has a value; those of the longest where there are none."""
+    values = [dict(seed) for seed in seeds]
+    shared = [update for update in values[0] if all(update in others for others in values)]
+    if not shared:
+        return max((list(seed) for seed in seeds), key=len)
+    return [(update, statistics.fmean(others[update] for others in values)) for update in shared]
 
 
 def _half_interval(share: float, count: int | None) -> float:

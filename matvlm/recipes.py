@@ -49,7 +49,7 @@ def parse_recipe(
     for override in overrides:
         _apply_override(raw, override, source)
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(raw, context={"source": source})
     except ValidationError as error:
         raise RecipeError(_describe(error, source)) from None
 

@@ -21,6 +21,7 @@ from matvlm.alignment import Curve, align
 from matvlm.artifacts import Artifact, Checkpoint, DataManifest
 from matvlm.config import Recipe
 from matvlm.data.encoding import Batch, Encoder
+from matvlm.data.held_out import split
 from matvlm.data.prepare import encode_rows, open_dataset
 from matvlm.init import CALIBRATED, INITS, calibrate
 from matvlm.losses import dense_kl
@@ -119,7 +120,7 @@ def measure(
     Raises:
         ValueError: ``data`` has too few samples, or none or all layers would be replaced.
     """
-    settings, rows = recipe.hybrid.sensitivity, open_dataset(data)
+    settings, (rows, _) = recipe.hybrid.sensitivity, split(open_dataset(data), recipe.distill.validation.samples)
     aligned_on, held_out = _draw(len(rows), settings.updates * settings.batch_size, settings.held_out_samples, recipe)
     autocast = None if recipe.distill.autocast == "off" else torch.bfloat16
     mixers = _mixers(model, recipe)

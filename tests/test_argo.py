@@ -161,8 +161,11 @@ COMPUTING = {
     "eval": {"evaluate", "profile"},
     "profile": {"profile"},
     "teacher": {"train", "evaluate"},
+    "sweep": {"teacher-targets", "point", "profile"},
 }
 """Steps of each flow that ask for what the recipe says of all, as Argo names them."""
+CAUGHT = (("eval", "evaluate"), ("sweep", "point"))
+"""Steps whose failure the flow survives."""
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,10 @@ def workflow(flow: str, folder: Path, store: dict[str, str], resources: dict[str
     """What ``argo-workflows create`` would send for a flow whose recipe has these ``resources``."""
     shipped = FLOWS / "recipes" / ("teacher-easyvqa.yaml" if flow == "teacher" else "debug.yaml")
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(shipped.read_text()) | {"resources": resources}))
+    content = yaml.safe_load(shipped.read_text()) | {"resources": resources}
+    if flow == "sweep":
+        content = {"name": "study", "recipe": content, "grid": {"hybrid.init": ["aligned", "paper"]}}
+    recipe.write_text(yaml.safe_dump(content))
     words = ("--config", "recipe", str(recipe), "argo-workflows", "create", "--only-json")
     code, output = run_flow(folder, *words, flow=f"{flow}_flow.py", **store, **SENSOR)
     assert code == 0, output
@@ -209,7 +215,7 @@ def test_every_flow_is_a_workflow_that_holds_together(flow: str, tmp_path: Path,
     assert COMPUTING[flow] < steps.keys()
     for name, step in steps.items():
         limit = 1 if name == "evaluate" else 3
-        caught = NUM_FALLBACK_RETRIES if (flow, name) == ("eval", "evaluate") else 0  # to say so where a pod dies
+        caught = NUM_FALLBACK_RETRIES if (flow, name) in CAUGHT else 0  # to say so where a pod dies
         assert step["retryStrategy"]["limit"] == limit + caught
         _check_step(name, step, name in COMPUTING[flow])
 

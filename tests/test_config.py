@@ -93,6 +93,8 @@ BAD = {
     "fewer than no skips": ("distill: {max_skipped_updates: -1}", "distill.max_skipped_updates", "got -1"),
     "llava without path": ("data: {source: llava}", "data", "needs path"),
     "easyvqa with path": ("data: {path: a.json}", "data", "remove path"),
+    "other answers phrased": ("data: {source: llava, path: a.json, answers: both}", "data", "remove answers"),
+    "unknown answers": ("data: {answers: words and sentences}", "data.answers", "got 'words and sentences'"),
     "half precision alone": ("teacher: {dtype: bfloat16}", "recipe", "bfloat16 needs distill.autocast: bfloat16"),
     "other lengths than the protocol's": (
         "profile: {protocol: paper, prompts: [1]}",

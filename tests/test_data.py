@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import easy_vqa
 import pytest
 from PIL import Image
 from tiny_teacher import Teacher
@@ -20,6 +22,7 @@ from matvlm.config import Data
 from matvlm.data.encoding import Encoder, TemplateError
 from matvlm.data.prepare import MANIFEST, open_dataset, prepare, turns_of
 from matvlm.data.sources import DataError, entries
+from matvlm.evaluate.tasks.easyvqa.phrasing import SENTENCE, sentence
 from matvlm.storage import StorageError
 
 QUESTION, ANSWER = "what shape is the image", "a circle"
@@ -79,6 +82,19 @@ def test_easyvqa_takes_every_training_question() -> None:
     assert [row["id"] for row in rows] == [f"easyvqa-{n}" for n in range(4000)]
     assert Image.open(io.BytesIO(rows[0]["image"]["bytes"] or b"")).size == (64, 64)
     assert sum(len(row["turns"]) for row in rows) == 38_575
+
+
+def test_easyvqa_answers_are_words_sentences_or_by_turns_both() -> None:
+    settings = [Data(answers="words"), Data(answers="sentences"), Data(answers="both")]
+    words_only, sentences_only, by_turns = ([entry()["turns"] for entry in entries(data)] for data in settings)
+    told: dict[int, list[dict[str, str]]] = defaultdict(list)
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        told[image].append({"question": question, "answer": answer})
+    assert words_only == [told[image] for image in range(4000)]
+    for image, (words, sentences, both) in enumerate(zip(words_only, sentences_only, by_turns, strict=True)):
+        said = [(turn["question"] + SENTENCE, sentence(turn["question"], turn["answer"])) for turn in words]
+        assert [(turn["question"], turn["answer"]) for turn in sentences] == said
+        assert both == [(sentences, words)[(image + n) % 2][n] for n in range(len(words))]
 
 
 def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tiny_distill import NUM_SAMPLES, REPLACED, Kept, Stage, batch_of, is_mixers
 
 from matvlm.artifacts import Checkpoint
 from matvlm.config import Recipe, Schedule
+from matvlm.data.held_out import split
+from matvlm.data.prepare import open_dataset
 from matvlm.distill import init_student
 from matvlm.distill.schedule import learning_rate, num_updates, order
 from matvlm.distill.trunk import SharedTrunk, TeacherForced
@@ -31,6 +34,7 @@ from matvlm.models import hybrid, locate
 from matvlm.snapshots import SnapshotError
 from matvlm.storage import StorageError
 from matvlm.targets import TargetError, TargetReader
+from matvlm.teacher import kept_logits
 
 TINY_DISK_MIB = 2
 
@@ -397,3 +401,62 @@ def test_targets_of_something_else_are_refused(stage: Stage, tmp_path: Path) -> 
         with pytest.raises(TargetError, match=rf"targets of something else \({field}: store has .*, run has"):
             stage.run(tmp_path / "run", recipe=recipe, **given)
     assert not (tmp_path / "run").exists()
+
+
+# Validation
+
+VALIDATION = {"validation": {"samples": 3, "every_updates": 2}}
+
+
+class Heard(Kept):
+    """Keeps what validation found, by update."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        found = {name.removeprefix("validation/"): v for name, v in values.items() if name.startswith("validation/")}
+        if found:
+            self.seen[step] = found
+
+
+def test_validation_by_hand(stage: Stage, tmp_path: Path) -> None:
+    heard = Heard()
+    trained = stage.run(tmp_path, heard, stage.but(**VALIDATION))
+    _, rest = split(open_dataset(stage.data), 3)
+    batch = batch_of(stage, [list(open_dataset(stage.data)["id"]).index(id) for id in rest["id"]])
+    temperature = stage.recipe.distill.loss.temperature
+    teacher, _ = locate.load(stage.teacher.uri)
+    expected = kept_logits(teacher, batch)
+    for update, checkpoint in ((0, stage.student), (trained.updates, trained)):
+        student, _ = locate.load(checkpoint.uri)
+        with torch.no_grad():
+            divergence = dense_kl(expected, kept_logits(student, batch), temperature) / len(expected)
+            layer = TeacherForced(SharedTrunk(student, teacher), batch, "l2").value() / batch.real.sum()
+        assert heard.seen[update]["loss_prob"] == pytest.approx(float(divergence), rel=1e-3)  # the store has float16
+        assert heard.seen[update]["loss_layer"] == pytest.approx(float(layer), rel=1e-5)
+    assert list(heard.seen) == [0, 2, 4]  # eight samples are left, two batches an epoch
+
+
+def test_what_is_validated_on_is_not_trained_on(stage: Stage, tmp_path: Path) -> None:
+    dataset = open_dataset(stage.data)
+    trained, held_out = split(dataset, 3)
+    assert sorted([*trained["id"], *held_out["id"]]) == sorted(dataset["id"])
+    assert (
+        num_updates(stage.but(**VALIDATION).distill, len(trained))
+        == stage.run(tmp_path, recipe=stage.but(**VALIDATION)).updates
+    )
+    with pytest.raises(ValueError, match=r"distill.validation.samples is 11 and there are only 11 samples"):
+        stage.run(tmp_path / "none", recipe=stage.but(validation={"samples": NUM_SAMPLES}))
+
+
+def test_validation_changes_nothing_but_the_samples(stage: Stage, tmp_path: Path) -> None:
+    often, never = (stage.but(validation={"samples": 3, "every_updates": every}) for every in (1, 1000))
+    assert weights(stage.run(tmp_path / "often", recipe=often)) == weights(stage.run(tmp_path / "never", recipe=never))
+
+
+def test_a_continued_run_has_the_whole_curve_of_validation(stage: Stage, tmp_path: Path) -> None:
+    recipe = stage.but(**VALIDATION)
+    whole, heard = Heard(), Heard()
+    stage.run(tmp_path / "whole", whole, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(tmp_path / "broken", Kept(at=3, then=stop), recipe)
+    stage.run(tmp_path / "broken", heard, recipe)
+    assert heard.seen == whole.seen

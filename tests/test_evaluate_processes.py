@@ -107,10 +107,38 @@ def likelihoods(processor: Any, model: Any, device: str = "cpu") -> dict[str, An
     return {"accuracy": results["results"]["choice"]["acc,none"], "values": values}
 
 
+def text_task() -> ConfigurableTask:
+    """Perplexity of five texts of different lengths."""
+    import datasets
+
+    words = tiny_evaluation.WORDS.split()
+    rows = [{"id": str(n), "text": " ".join(words[n:] * (n + 1))} for n in range(5)]
+    config = {
+        "task": "texts",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "word_perplexity"}],
+        "metadata": {"version": 1},
+    }
+    return ConfigurableTask(config=config)
+
+
+def perplexity(processor: Any, model: Any) -> float | None:
+    """lm-eval's, as this process gets it."""
+    world, _ = join("cpu")
+    vlm = VLM(model, processor, 2, world=world)
+    results = evaluator.evaluate(vlm, {"tasks": {"texts": text_task()}, "groups": {}}, bootstrap_iters=0)
+    return None if results is None else float(results["results"]["texts"]["word_perplexity,none"])
+
+
 def share(folder: str) -> None:
     """What each process of a shared evaluation does; ``folder`` has the model and the data."""
     processor = tiny_evaluation.build_processor()
-    seen = {"likelihoods": likelihoods(processor, tiny_evaluation.build(processor, (0, 2)))}
+    model = tiny_evaluation.build(processor, (0, 2))
+    seen: dict[str, Any] = {"likelihoods": likelihoods(processor, model), "perplexity": perplexity(processor, model)}
     result = evaluate_both(Path(folder), Path(folder, "shared"))
     seen["result"] = result.model_dump(mode="json")
     Path(folder, f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
@@ -144,12 +172,16 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2))
 
     processor = tiny_evaluation.build_processor()
-    alone = likelihoods(processor, tiny_evaluation.build(processor, (0, 2)))
+    model = tiny_evaluation.build(processor, (0, 2))
+    alone = likelihoods(processor, model)
     assert alone
     assert second["likelihoods"] is None, "lm-eval gives its result to the first process"
     assert first["likelihoods"]["accuracy"] == alone["accuracy"]
     for shared, own in zip(first["likelihoods"]["values"], alone["values"], strict=True):
         assert shared == pytest.approx(own, abs=LIKELIHOOD_TOLERANCE)
+
+    assert second["perplexity"] is None
+    assert first["perplexity"] == pytest.approx(perplexity(processor, model), rel=LIKELIHOOD_TOLERANCE)
 
     expected = evaluate_both(tmp_path, tmp_path / "alone")
     assert first["result"] == second["result"]

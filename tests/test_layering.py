@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "artifacts", "reporting"},
     {"recipes", "world", "storage", "progress", "phases", "processes", "recording", "kernels", "plots"},
+    {"evaluate.tasks"},
     {"models", "data", "snapshots"},
     {"losses", "optimizer"},
     {"init", "teacher", "costs", "alignment"},
@@ -22,11 +23,14 @@ LAYERS = [
     {"distill", "evaluate", "pretrain"},
     {"gate", "profiling"},
     {"tracking", "inspection", "report"},
-    {"watch", "chat", "profile_command"},
+    {"watch", "chat", "profile_command", "sweep"},
     {"cli"},
     {"__init__", "__main__"},
 ]
-"""From low to high. A name is a file or package right below ``matvlm``; inside one package imports are free."""
+"""From low to high. A name is a file or package right below ``matvlm``; inside one package imports are free.
+
+Tasks are apart from the rest of ``evaluate``, which runs them: lm-eval does too, alone, so they need next to nothing.
+"""
 
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {"metaflow": set[str](), "mlflow": {"tracking"}}
@@ -51,12 +55,19 @@ def imported(source: Path, package: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
+def part_of(module: str) -> str:
+    """Which of the names in ``LAYERS`` has ``module``, a dotted name below ``matvlm``."""
+    first, _, rest = module.partition(".")
+    inner = f"{first}.{rest.partition('.')[0]}"
+    return inner if inner in LAYER_OF else first
+
+
 def violations(package: Path) -> list[str]:
     """``file:line: what is wrong`` for every forbidden import below the folder ``package``."""
     found = []
     for source in sorted(package.rglob("*.py")):
         place = source.relative_to(package)
-        part = place.parts[0].removesuffix(".py")
+        part = part_of(".".join(place.with_suffix("").parts))
         if part not in LAYER_OF:
             found.append(f"{place}:1: {part} has no layer; add it to LAYERS")
             continue
@@ -66,8 +77,8 @@ def violations(package: Path) -> list[str]:
                 found.append(f"{place}:{line}: {top} may not be imported in {part}")
             if top != "matvlm" or rest == "__version__":
                 continue
-            other = rest.partition(".")[0]
-            if not (package / other).is_dir() and not (package / f"{other}.py").is_file():
+            other = part_of(rest)
+            if not (package / other.replace(".", "/")).is_dir() and not (package / f"{other}.py").is_file():
                 other = "__init__"
             if other != part and LAYER_OF.get(other, 0) >= LAYER_OF[part]:
                 found.append(f"{place}:{line}: {part} (layer {LAYER_OF[part]}) imports {name}, which is not below it")
@@ -84,12 +95,14 @@ def test_imports_go_down() -> None:
         ("storage.py", "from matvlm.models import hybrid", "storage (layer 1) imports matvlm.models.hybrid"),
         ("storage.py", "import matvlm.progress", "storage (layer 1) imports matvlm.progress"),
         ("storage.py", "def f():\n    from matvlm import tracking", "storage (layer 1) imports matvlm.tracking"),
-        ("models/hybrid.py", "from ..losses import kl", "models (layer 2) imports matvlm.losses.kl"),
-        ("models/deep/mixer.py", "from ... import losses", "models (layer 2) imports matvlm.losses"),
-        ("losses.py", "from matvlm import load", "losses (layer 3) imports matvlm.load"),
+        ("models/hybrid.py", "from ..losses import kl", "models (layer 3) imports matvlm.losses.kl"),
+        ("models/deep/mixer.py", "from ... import losses", "models (layer 3) imports matvlm.losses"),
+        ("losses.py", "from matvlm import load", "losses (layer 4) imports matvlm.load"),
         ("distill/loop.py", "def f():\n    import mlflow.tracking", "mlflow may not be imported in distill"),
         ("tracking.py", "from metaflow import current", "metaflow may not be imported in tracking"),
         ("helpers.py", "", "helpers has no layer"),
+        ("evaluate/tasks/gqa/scorer.py", "from matvlm.evaluate import running", "imports matvlm.evaluate.running"),
+        ("models/mixer.py", "import matvlm.evaluate.running", "models (layer 3) imports matvlm.evaluate.running"),
     ],
 )
 def test_the_checker_sees_a_violation(tmp_path: Path, place: str, code: str, complaint: str) -> None:
@@ -100,7 +113,8 @@ def test_the_checker_sees_a_violation(tmp_path: Path, place: str, code: str, com
         "tracking.py": "import mlflow\nfrom matvlm import __version__",
         "losses.py": "from matvlm import models",
         "models/__init__.py": "from . import mixer\nfrom matvlm.storage import join\nfrom ..config import Recipe",
-        "models/mixer.py": "from matvlm.models.hybrid import x",
+        "models/mixer.py": "from matvlm.models.hybrid import x\nfrom matvlm.evaluate.tasks.gqa.scorer import y",
+        "evaluate/tasks/gqa/scorer.py": "from matvlm.evaluate.tasks import z",
     }
     for name, text in {**good, place: code}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -191,13 +191,14 @@ def test_batches_hold_distinct_questions_about_distinct_training_images() -> Non
 
 
 def test_learning_rate_rises_then_falls_to_a_hundredth() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    tower, text = ({"params": [torch.nn.Parameter(torch.ones(1))], "share": share} for share in (1.0, 0.25))
+    optimizer = torch.optim.AdamW([tower, text])
     settings = Training(updates=100, warmup_updates=10, lr=1.0)
     rates = [_set_lr(optimizer, settings, update) for update in range(1, 101)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[54] == pytest.approx(0.505)
     assert rates[-1] == pytest.approx(0.01)
-    assert optimizer.param_groups[0]["lr"] == rates[-1]
+    assert [group["lr"] for group in optimizer.param_groups] == [rates[-1], 0.25 * rates[-1]]
 
 
 class Killer(Reporter):

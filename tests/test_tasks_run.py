@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,31 +275,68 @@ class Dummy(LM):
     MULTIMODAL = True
     def __init__(self, **settings): super().__init__()
     def generate_until(self, requests, disable_tqdm=False):
-        assert all(image.size == (32, 32) for request in requests for image in request.args[2]["visual"])
+        assert all(image.size in ((32, 32), (64, 64)) for request in requests for image in request.args[2]["visual"])
         return ["yes" for _ in requests]
     def loglikelihood(self, requests): raise NotImplementedError
-    loglikelihood_rolling = loglikelihood
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [-float(len(request.args[0].encode())) for request in requests]
 from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
 """
 
 
+def lm_eval_alone(folder: Path, names: Sequence[str], *more: str) -> dict[str, Any]:
+    """The results of lm-eval's own command line on a copy of the tasks in ``folder``, where matvlm is not."""
+    shutil.copytree(tasks.FOLDER, folder / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "dummy.py").write_text(DUMMY)
+    command = [sys.executable, "dummy.py", "run", "--model", "dummy", "--include_path", "tasks"]
+    command += ["--tasks", ",".join(names), "--output_path", "out", "--log_samples", *more]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = (folder / "out").rglob("results_*.json")
+    results: dict[str, Any] = json.loads(written.read_text())
+    assert set(results["results"]) == set(names)
+    return results
+
+
 def test_lm_evals_own_command_line_runs_the_tasks_without_this_package(tmp_path: Path) -> None:
-    shutil.copytree(tasks.FOLDER, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     names = benchmark_data.TASKS
     roots = {name: str(benchmark_data.write(name, tmp_path / name)) for name in names}
-    (tmp_path / "dummy.py").write_text(DUMMY)
-    command = [sys.executable, "dummy.py", "run", "--model", "dummy", "--include_path", "tasks"]
-    command += ["--tasks", ",".join(names), "--output_path", "out", "--log_samples"]
-    command += ["--metadata", json.dumps({"data_root": roots})]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(written.read_text())
-    assert set(results["results"]) == set(names)
+    results = lm_eval_alone(tmp_path, names, "--metadata", json.dumps({"data_root": roots}))
     assert results["results"]["pope"]["yes_ratio_random,none"] == 1.0
     assert results["results"]["pope"]["recall_adversarial,none"] == 1.0
     assert results["results"]["mme"]["perception,none"] == 100.0
     assert results["versions"] == dict.fromkeys(names, 1.0)
     assert len(list((tmp_path / "out").rglob("samples_*.jsonl"))) == len(names)
+
+
+def test_tasks_that_bring_their_data_run_without_this_package_too(tmp_path: Path) -> None:
+    """The model says yes to everything, and gives every byte of a text 1 nat."""
+    names = sorted({*tasks.NAMES} - {*benchmark_data.TASKS})
+    assert names == ["easyvqa", "easyvqa_sentence", "python_docs"]
+    results = lm_eval_alone(tmp_path, names, "--limit", "40")
+    words, sentences, texts = (results["results"][name] for name in names)
+    assert 0 < words["accuracy,none"] < words["accuracy_yes_no,none"] < 1
+    assert sentences["accuracy,none"] == 0.0
+    assert texts["byte_perplexity,none"] == pytest.approx(math.e)
+    assert texts["bits_per_byte,none"] == pytest.approx(1 / math.log(2))
+
+
+def test_easyvqa_asks_for_sentences() -> None:
+    """A model that has read the sentence, but for its last word, is right about nothing; one that has, about all."""
+    task = tasks.build(["easyvqa_sentence"])["easyvqa_sentence"]
+    chosen = tasks.evenly_spaced(task, 60)
+    docs = [task.eval_docs[number] for number in chosen]
+    for change, right in ((lambda text: f" {text.upper()}", 1.0), (lambda text: text.rpartition(" ")[0], 0.0)):
+        lm = Scripted({doc["id"]: change(doc["sentence"]) for doc in docs})
+        loaded = {"tasks": {"easyvqa_sentence": task}, "groups": {}}
+        results = evaluator.evaluate(lm, loaded, samples={"easyvqa_sentence": chosen}, bootstrap_iters=0)
+        metrics = results["results"]["easyvqa_sentence"]
+        for name in ("accuracy", "accuracy_yes_no", "accuracy_color", "accuracy_shape"):
+            assert metrics[f"{name},none"] == right
+    words = tasks.build(["easyvqa"])["easyvqa"]
+    for doc, number in zip(docs, chosen, strict=True):
+        context, settings, images = lm.asked[doc["id"]]
+        assert context == f"<image>{words.eval_docs[number]['question']} Answer in a sentence."
+        assert (settings["max_gen_toks"], settings["until"], len(images)) == (24, ["\n"], 1)

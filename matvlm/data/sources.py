@@ -17,6 +17,7 @@ from matvlm.config import Data
 from matvlm.data.hub import hub_entries
 from matvlm.data.images import ImageFolder, read_image
 from matvlm.data.rows import BadSample, DataError, Entry, Row, is_unicode, turns_in, without_image
+from matvlm.evaluate.tasks.easyvqa.phrasing import in_a_sentence
 from matvlm.storage import read_bytes
 
 
@@ -28,16 +29,21 @@ def entries(data: Data) -> list[Entry]:
         StorageError: S3 cannot be reached.
     """
     if data.source == "easyvqa":
-        return _easyvqa()
+        return _easyvqa(data.answers)
     return _llava(data.path or "", data.image_folder) if data.source == "llava" else hub_entries(data)
 
 
-def _easyvqa() -> list[Entry]:
-    """One entry per training image, with all its questions as turns (4,000 images, 38,575 questions)."""
+def _easyvqa(answers: str) -> list[Entry]:
+    """One entry per training image, with all its questions as turns (4,000 images, 38,575 questions).
+
+    With ``answers`` "both", the even images start with a sentence, the odd ones with a word, and then they take turns.
+    """
     import easy_vqa
 
     turns: dict[int, list[dict[str, str]]] = defaultdict(list)
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        if answers == "sentences" or (answers == "both" and (image + len(turns[image])) % 2 == 0):
+            question, answer = in_a_sentence(question, answer)
         turns[image].append({"question": question, "answer": answer})
     paths = easy_vqa.get_train_image_paths()
     return [partial(_easyvqa_row, image, str(paths[image]), turns[image]) for image in sorted(turns)]

@@ -77,6 +77,17 @@ class Feed:
             spare = made[-1] if made else spare or self._borrowed(update)
             yield Share(made or [spare], len(made), loaded.bad)
 
+    def share_of(self, dataset: Any) -> Share:
+        """All of ``dataset``, of samples that are not trained on.
+
+        Raises:
+            LoadError, DistillError: as ``shares``.
+        """
+        own = range(len(dataset))[self.world.rank :: self.world.size]
+        loaded = self._taught(next(batches(dataset, self.encoder, [own], workers=0)))
+        made = list(self._groups(loaded.samples))
+        return Share(made or [self._borrowed(update=1)], len(made), loaded.bad)
+
     def _borrowed(self, update: int) -> Group:
         """Something for a process that has had none yet: of the first sample of ``update`` that can be loaded."""
         bad: list[str] = []

@@ -134,14 +134,27 @@ def make_job(recipe: Recipe, folder: Path, device: str) -> DistillJob:
     targets = store.join()
     del model, store
     teacher = Checkpoint(uri=recipe.teacher.uri, label="teacher")
-    student = _student(recipe, teacher, data, folder, device)
+    student = make_student(recipe, teacher, data, folder, device)
     job = DistillJob(recipe=recipe, student=student, teacher=teacher, data=data, targets=targets, folder=folder)
     write_json(folder / JOB, job.model_dump(mode="json"))
     return job
 
 
-def _student(recipe: Recipe, teacher: Checkpoint, data: DataManifest, folder: Path, device: str) -> Checkpoint:
-    """The untrained student; one that is there is kept, as what continues needs it to the bit."""
+def make_student(
+    recipe: Recipe,
+    teacher: Checkpoint,
+    data: DataManifest,
+    folder: Path,
+    device: str,
+    reporter: Reporter | None = None,
+) -> Checkpoint:
+    """The untrained student in ``folder/student``; one that is there is kept, as what continues needs it to the bit.
+
+    Where its layers are chosen by sensitivity, ``folder/sensitivity`` has the report of that.
+
+    Raises:
+        ValueError: the layers cannot be chosen or replaced, or ``folder`` holds a student that was made in another way.
+    """
     place = folder / STUDENT
     made_with = {
         "teacher": recipe.teacher.model_dump(mode="json"),
@@ -160,7 +173,8 @@ def _student(recipe: Recipe, teacher: Checkpoint, data: DataManifest, folder: Pa
         return Checkpoint.model_validate(record["student"])
     layers = None
     if recipe.hybrid.layers == "sensitivity":
-        layers = choose_by_sensitivity(recipe, teacher, data, folder / "sensitivity", Reporter(), device).chosen
+        reporter = reporter or Reporter()
+        layers = choose_by_sensitivity(recipe, teacher, data, folder / "sensitivity", reporter, device).chosen
     student = init_student(recipe, teacher, recipe.hybrid.init, data, folder / "student", layers, device)
     write_json(place, {"student": student.model_dump(mode="json"), "made_with": made_with})
     return student

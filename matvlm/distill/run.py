@@ -102,6 +102,22 @@ class Run:
         with memory_explained(self.recipe, self.device, update):
             return self._update(update, total, share)
 
+    @torch.no_grad()
+    def validate(self, share: Share) -> dict[str, float]:
+        """How far the student is from its teacher on ``share``, samples not trained on; all processes have to call it.
+
+        Returns:
+            Whatever is trained: ``validation/loss_prob``, the mean of KL(teacher || student) over kept positions, in
+            nats, as the target store has the teacher; and ``validation/loss_layer``, the paper's layer loss.
+        """
+        settings = Loss(layer_form=(plan := self.recipe.distill.loss).layer_form, temperature=plan.temperature)
+        counts, parts, _ = self._counted(share)
+        divisors = Divisors.of(counts, settings.scaling)
+        made = [made for made, weight in self._passes(share, parts, divisors, settings) if weight]
+        sums, _ = self._read(made)
+        self.speed.restart()
+        return {f"validation/{name}": sums[name] for name in ("loss_prob", "loss_layer")}
+
     def state(self) -> dict[str, Any]:
         """All that an update depends on but the recipe and its number, on the CPU; all processes have to call it."""
         lost = {"skipped": self.skipped.updates, "unusable": self.unusable.samples}
@@ -118,14 +134,10 @@ class Run:
         if settings.align.updates and update == settings.align.updates + 1:
             self._end_alignment()
             self.speed.flops_per_token = 0.0  # another stage, another count
-        counted = share.groups[: share.counted]
-        own = Counts.of([group.whole for group in counted])
-        everyone = self.world.gather(([len(group.parts) for group in share.groups], own, share.bad))
-        counts = [count for _, count, _ in everyone]
+        counts, parts, bad = self._counted(share)
         divisors = Divisors.of(counts, settings.loss.scaling)
-        parts = [max(several) for several in zip_longest(*[numbers for numbers, _, _ in everyone], fillvalue=0)]
         steps = count_passes(parts, now.loss)
-        self.unusable.add(update, {id: why for _, _, bad in everyone for id, why in bad.items()})
+        self.unusable.add(update, bad)
         if self.speed.peak and not self.speed.flops_per_token:
             self.speed.flops_per_token = flops_per_token(self.steps, share.groups[0], now.loss)
         self.speed.mark("data")
@@ -144,11 +156,18 @@ class Run:
         values = {**sums, "grad_norm": norm}
         if not math.isfinite(norm):
             what = "the loss is not finite" if broken else f"the gradient norm is {norm}"
-            everything = self.world.gather([id for group in counted for id in group.whole.ids])
+            everything = self.world.gather([id for group in share.groups[: share.counted] for id in group.whole.ids])
             self.skipped.add(update, total, what, broken or [id for ids in everything for id in ids])
             values = {}
         lost = {"skipped_updates": len(self.skipped.updates), "unusable_samples": len(self.unusable.samples)}
         return {**values, "lr": now.lr, **now.logged, **{name: float(count) for name, count in lost.items()}}
+
+    def _counted(self, share: Share) -> tuple[list[Counts], list[int], dict[str, str]]:
+        """What each process has, the micro-batches of the longest group of each number, and the bad samples of all."""
+        own = Counts.of([group.whole for group in share.groups[: share.counted]])
+        everyone = self.world.gather(([len(group.parts) for group in share.groups], own, share.bad))
+        parts = [max(several) for several in zip_longest(*[numbers for numbers, _, _ in everyone], fillvalue=0)]
+        return [count for _, count, _ in everyone], parts, {k: why for *_, bad in everyone for k, why in bad.items()}
 
     def _passes(
         self, share: Share, parts: list[int], divisors: Divisors, settings: Loss

@@ -75,6 +75,11 @@ class Speed:
         self._restart()
         return rates
 
+    def restart(self) -> None:
+        """Forget what was measured: something else than training has taken time."""
+        self.phases.spent()
+        self._restart()
+
     def _restart(self) -> None:
         self.samples = self.tokens = 0
         self.started = time.monotonic()

@@ -126,7 +126,8 @@ class Steps:
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         form = settings.layer_form if student_forces(settings) else None
-        hidden, *sums = self._replayed(part, form) if self.graphs else self._run(part, form)
+        replays = self.graphs and torch.is_grad_enabled()  # a graph has its backward pass with it
+        hidden, *sums = self._replayed(part, form) if replays else self._run(part, form)
         for value in sums:
             losses.append(settings.layer * value / divisors.tokens)
             terms["loss_layer"] = losses[0].detach()

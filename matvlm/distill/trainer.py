@@ -18,13 +18,15 @@ from matvlm import storage
 from matvlm.artifacts import Checkpoint, DataManifest, TargetStore
 from matvlm.config import Recipe
 from matvlm.data.encoding import Encoder
+from matvlm.data.held_out import split
 from matvlm.data.prepare import encode_rows, open_dataset
 from matvlm.distill.failures import DistillError
-from matvlm.distill.feed import Feed
+from matvlm.distill.feed import Feed, Share
 from matvlm.distill.publishing import Publisher
 from matvlm.distill.run import Run, open_models
 from matvlm.distill.schedule import num_updates, order
 from matvlm.distill.tracing import tracing
+from matvlm.distill.validation import Validation
 from matvlm.init import CALIBRATED, convert_
 from matvlm.models import hybrid, locate
 from matvlm.models.layers import choose_layers
@@ -95,7 +97,8 @@ def init_student(
 
 
 def _calibration_batches(recipe: Recipe, data: DataManifest, encoder: Encoder) -> Iterator[Mapping[str, torch.Tensor]]:
-    dataset, size = open_dataset(data), recipe.distill.micro_batch_size
+    dataset, _ = split(open_dataset(data), recipe.distill.validation.samples)
+    size = recipe.distill.micro_batch_size
     count = min(recipe.hybrid.calibration_samples, len(dataset))
     rows = order(len(dataset), count, recipe.seed, update=1) if count else []
     for start in range(0, len(rows), size):
@@ -125,7 +128,8 @@ def distill(
         DistillError: too many updates were skipped for a loss or gradient that is not finite, too many samples cannot
             be loaded any more, memory ran out, or the processes were given different inputs.
         LoadError: the data cannot be reached any more.
-        ValueError: ``student`` was not made from ``teacher``, or DeepSpeed is asked for and not installed.
+        ValueError: ``student`` was not made from ``teacher``, DeepSpeed is asked for and not installed, or validation
+            would leave nothing to train on.
         StorageError: a snapshot or the model cannot be written.
     """
     identity = _identity(recipe, student, data, targets)
@@ -134,15 +138,18 @@ def distill(
         return finished
     if not world.is_first:
         reporter = Reporter()
-    run, feed, snapshots = _open(recipe, student, teacher, data, targets, folder, device, world)
+    run, feed, held_out, snapshots = _open(recipe, student, teacher, data, targets, folder, device, world)
     total = num_updates(recipe.distill, len(feed.dataset))
     history: list[dict[str, float]] = []
     done = _continue(run, snapshots, history, reporter)
     publisher = Publisher(run, feed.encoder.processor, teacher, folder, snapshots.identity, reporter)
     publisher.repeat(done)
+    validation = Validation(run, held_out, history, reporter)
+    if not done:
+        validation.at(0, total)
     progress = Progress(total, f"distill {student.init}", "update", reporter, done)
     with _writing(snapshots, world), progress:
-        _train(run, feed, snapshots, publisher, range(done + 1, total + 1), history, progress)
+        _train(run, feed, snapshots, publisher, validation, range(done + 1, total + 1), history, progress)
     result = student.model_copy(
         update={"uri": str(folder / MODEL), "updates": total, "trained_parameters": run.trained_parameters}
     )
@@ -159,6 +166,7 @@ def _train(
     feed: Feed,
     snapshots: Snapshots,
     publisher: Publisher,
+    validation: Validation,
     updates: range,
     history: list[dict[str, float]],
     progress: Progress,
@@ -178,6 +186,7 @@ def _train(
             if update % settings.log_every_updates == 0 or update == total:
                 history.append({"update": update, **values})
                 reporter.metrics(values | run.speed.rates(), update)
+            validation.at(update, total)
             if update % settings.checkpoint_every_updates == 0 and update < total:
                 snapshots.wait()  # its state is let go of before there is another one
                 state = run.state() | {"history": cpu_copy(history)}
@@ -196,7 +205,7 @@ def _open(
     folder: Path,
     device: str,
     world: World,
-) -> tuple[Run, Feed, Snapshots]:
+) -> tuple[Run, Feed, Share | None, Snapshots]:
     model, original, processor = open_models(recipe, student, teacher, device)
     needed = Identity.of(recipe, data, processor, fingerprint(original))
     reader = open_targets(targets.uri, needed)
@@ -206,9 +215,11 @@ def _open(
     place = str(folder / "snapshots") if place is None else storage.join(place, *folder.absolute().parts[-3:])
     snapshots = Snapshots(place, identity, recipe.distill.keep_checkpoints)
     encoder = Encoder(processor, recipe.data.max_length, recipe.targets.positions)
-    feed = Feed(recipe, open_dataset(data), encoder, world, device.startswith("cuda"), reader.unusable)
+    dataset, rest = split(open_dataset(data), recipe.distill.validation.samples)
+    feed = Feed(recipe, dataset, encoder, world, device.startswith("cuda"), reader.unusable)
+    held_out = feed.share_of(rest) if len(rest) else None
     most = int(recipe.data.max_bad_share * len(feed.dataset))
-    return Run(recipe, device, model, original, reader, world, most), feed, snapshots
+    return Run(recipe, device, model, original, reader, world, most), feed, held_out, snapshots
 
 
 def _continue(run: Run, snapshots: Snapshots, history: list[dict[str, float]], reporter: Reporter) -> int:

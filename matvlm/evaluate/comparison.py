@@ -61,6 +61,8 @@ def compare(teacher: EvalResult, student: EvalResult) -> list[ScoreRow]:
 def compare_samples(teacher_samples: str, student_samples: str, n: int, seed: int) -> list[ComparedSample]:
     """``n`` questions that both evaluations answered, half of them answered differently as far as there are such.
 
+    Texts, to which there is no answer, are none.
+
     Args:
         teacher_samples, student_samples: URIs of two ``samples.jsonl``.
         seed: decides which; the result is in the order of the evaluation.
@@ -69,7 +71,7 @@ def compare_samples(teacher_samples: str, student_samples: str, n: int, seed: in
         StorageError: a file is missing or cannot be read.
     """
     teacher, student = read_rows(teacher_samples), read_rows(student_samples)
-    common = [key for key in teacher if key in student]
+    common = [key for key in teacher if key in student and teacher[key]["target"] is not None]
     differing = [key for key in common if teacher[key]["answer"] != student[key]["answer"]]
     agreeing = [key for key in common if teacher[key]["answer"] == student[key]["answer"]]
     draw = random.Random(seed)

@@ -1,8 +1,8 @@
-"""A vision-language model as lm-eval sees it: greedy answers and log-likelihoods of questions with or without images.
+"""A vision-language model as lm-eval sees it: greedy answers and log-likelihoods of questions, and of whole texts.
 
 ``VLM`` runs any Hugging Face model with a stock ``generate`` and a processor that has a chat template, so teacher and
-student go through the very same code. A task's context is plain text with one ``<image>`` per picture; the chat
-template is applied here, as a single user turn.
+student go through the very same code. A question's context is plain text with one ``<image>`` per picture, if it has
+any; the chat template is applied here, as a single user turn. A text is taken as it is.
 
 Shapes: B questions, L tokens of a prompt, C tokens of a continuation, N new tokens, V words.
 """
@@ -26,6 +26,7 @@ from matvlm.evaluate import pictures
 from matvlm.evaluate.answers import Answers, key_of
 from matvlm.evaluate.prefix import chunks, shared_prefix_batches, shares_prefixes
 from matvlm.evaluate.stopping import Limits, StopAt, decode, limits_of
+from matvlm.evaluate.texts import log_likelihoods
 from matvlm.generation.text import cut
 from matvlm.progress import Progress
 from matvlm.reporting import Reporter
@@ -38,7 +39,7 @@ BLANK_SIZE = (224, 224)
 
 
 class Query(NamedTuple):
-    """One question: its number among the requests, the rendered prompt and the images that belong into it."""
+    """One question, or text: its number among the requests, the rendered prompt and the images that belong into it."""
 
     number: int
     prompt: str
@@ -119,8 +120,20 @@ class VLM(LM):
         scores = self._answer("loglikelihood", requests, ask, "continuation", unreadable=(float("-inf"), False))
         return [(value, is_greedy) for value, is_greedy in scores]
 
+    @torch.inference_mode()
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError("perplexity of whole texts (loglikelihood_rolling) is not supported for VLMs")
+        """For each text log p(text), in nats, without chat template or images.
+
+        Raises:
+            ValueError: the tokenizer has no token that a text can start with.
+        """
+
+        def ask(queries: Sequence[Query]) -> Asked:
+            for batch in self._by_length(queries):
+                texts = [query.prompt for query in batch]
+                yield batch, log_likelihoods(self.model, self.tokenizer, texts, self.batch_size)
+
+        return self._answer("loglikelihood_rolling", requests, ask, "text")
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """A small ``tensor`` of every process, flat, one after the other."""
@@ -135,7 +148,12 @@ class VLM(LM):
         self.world.wait()
 
     def _answer(
-        self, kind: str, requests: list[Instance], ask: Callable[[Sequence[Query]], Asked], unit: str, unreadable: Any
+        self,
+        kind: str,
+        requests: list[Instance],
+        ask: Callable[[Sequence[Query]], Asked],
+        unit: str,
+        unreadable: Any = None,
     ) -> list[Any]:
         """An answer to each request, kept ones first, the others by ``ask``, each kept as soon as it is there.
 
@@ -177,6 +195,9 @@ class VLM(LM):
         logger.warning("%s: question %s is not answered: %s", self.label, id, self.unreadable[id])
 
     def _query(self, number: int, kind: str, request: Instance) -> Query:
+        if len(request.args) == 1:
+            (text,) = request.args
+            return Query(number, text, [], "", key_of(kind, text))
         context, argument, *multimodal = request.args
         images = list(multimodal[0].get("visual") or []) if multimodal else []
         texts = context.split(IMAGE_MARK)

@@ -74,7 +74,10 @@ def standard_error(
 
 
 def row_of(task: Any, name: str, sample: Sample) -> Row:
-    """What is kept of a question: ``score`` is in [0, 1] and ``right`` a truth value, both null where nobody knows."""
+    """What is kept of a question: ``score`` is in [0, 1] and ``right`` a truth value, both null where nobody knows.
+
+    Of a text, ``question`` is all of it, and ``target`` null.
+    """
     doc = sample["doc"]
     value = sample.get(str((task.config.metadata or {}).get("score")))
     score = _number(value) if _number(value) is not None else _number(sample.get("right"))
@@ -85,7 +88,7 @@ def row_of(task: Any, name: str, sample: Sample) -> Row:
         "number": sample["doc_id"],
         "image_id": doc.get("image_id"),
         "question": doc.get("question", sample["arguments"][0][0]),
-        "target": sample["target"],
+        "target": None if task.OUTPUT_TYPE == "loglikelihood_rolling" else sample["target"],
         "answer": answer_of(sample),
         "score": score,
         "right": None if right is None else right >= RIGHT,
@@ -93,10 +96,12 @@ def row_of(task: Any, name: str, sample: Sample) -> Row:
 
 
 def answer_of(sample: Sample) -> str:
-    """What the model said, or the continuation that it finds most likely."""
+    """What the model said, the continuation that it finds most likely, or its log-likelihood of a text, in nats."""
     given = sample["filtered_resps"]
     if isinstance(given[0], str):
         return given[0].strip()
+    if isinstance(given[0], float):
+        return f"{given[0]:.3f}"
     likeliest = max(range(len(given)), key=lambda number: given[number][0])
     return str(sample["arguments"][likeliest][1]).strip()
 

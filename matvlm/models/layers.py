@@ -55,10 +55,16 @@ def check_choice(num_layers: int, ratio: float, rule: str | Sequence[int]) -> No
     Raises:
         ValueError: as those do.
     """
-    if rule == SENSITIVITY:
-        _count(num_layers, ratio)
-    else:
-        choose_layers(num_layers, ratio, rule)
+    num_replaced(num_layers, ratio, rule)
+
+
+def num_replaced(num_layers: int, ratio: float, rule: str | Sequence[int]) -> int:
+    """How many layers ``choose_layers`` or ``least_sensitive`` will choose.
+
+    Raises:
+        ValueError: as those do.
+    """
+    return _count(num_layers, ratio) if rule == SENSITIVITY else len(choose_layers(num_layers, ratio, rule))
 
 
 def _by_rule(num_layers: int, ratio: float, rule: str) -> list[int]:

@@ -16,7 +16,7 @@ Shapes: P positions of all samples asked for, V vocabulary, k kept tokens a posi
 from matvlm.targets.batches import batch_targets
 from matvlm.targets.check import GradientError, GradientReport, check_gradients
 from matvlm.targets.compute import ShardMaker, shard_rows
-from matvlm.targets.identity import Identity, TargetError
+from matvlm.targets.identity import Identity, TargetError, content_settings
 from matvlm.targets.job import TargetJob
 from matvlm.targets.shards import SampleTargets, Shard, missing_shards, write_shard
 from matvlm.targets.store import StoreManifest, TargetReader, join_shards, open_targets, read_manifest
@@ -34,6 +34,7 @@ __all__ = [
     "TargetReader",
     "batch_targets",
     "check_gradients",
+    "content_settings",
     "join_shards",
     "missing_shards",
     "open_targets",

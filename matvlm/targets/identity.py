@@ -36,19 +36,8 @@ class Identity(Artifact):
     @classmethod
     def of(cls, recipe: Recipe, data: DataManifest, processor: Any, teacher: str) -> Identity:
         """The identity of the store that ``recipe`` needs; ``teacher`` is the fingerprint of its weights."""
-        settings = recipe.targets
-        draws = {"samples": settings.samples, "seed": recipe.seed} if settings.scheme == "topk_sampled" else {}
         return cls(
-            teacher=teacher,
-            data=data.fingerprint,
-            template=template_hash(processor),
-            max_length=recipe.data.max_length,
-            max_turns=recipe.data.max_turns,
-            top_k=settings.top_k,
-            temperature=recipe.distill.loss.temperature,
-            positions=settings.positions,
-            scheme=settings.scheme,
-            **draws,
+            teacher=teacher, data=data.fingerprint, template=template_hash(processor), **content_settings(recipe)
         )
 
     @property
@@ -64,6 +53,21 @@ class Identity(Artifact):
             for field, value in run.model_dump().items()
             if store[field] != value
         )
+
+
+def content_settings(recipe: Recipe) -> dict[str, Any]:
+    """The fields of an ``Identity`` that the recipe decides; recipes that agree in them can share a store."""
+    settings = recipe.targets
+    draws = {"samples": settings.samples, "seed": recipe.seed} if settings.scheme == "topk_sampled" else {}
+    return {
+        "max_length": recipe.data.max_length,
+        "max_turns": recipe.data.max_turns,
+        "top_k": settings.top_k,
+        "temperature": recipe.distill.loss.temperature,
+        "positions": settings.positions,
+        "scheme": settings.scheme,
+        **draws,
+    }
 
 
 def refuse_other(store: Identity, run: Identity, where: str) -> None:

@@ -2,7 +2,8 @@
 
 ``lm_eval --include_path FOLDER --tasks pope --metadata '{"data_root": "POPE"}'`` runs one by lm-eval alone, ``build``
 makes the same tasks here. In their metadata ``score`` is the metric that stands for the task, absent where only a
-server can score it, ``scale`` the factor to the scale of papers, and ``group`` the column of what is scored together.
+server can score it or less is better, ``scale`` the factor to the scale of papers, and ``group`` the column of what is
+scored together.
 Metadata of the user: ``data_root``, a folder with the data set as on the hub (parquet, or as ``save_to_disk`` writes
 it) or with the benchmark's own files, local or ``s3://``, or a mapping from task to such; ``hub_org``, where the hub is
 asked instead; ``max_bad_share``.
