@@ -291,7 +291,7 @@ class Validation(Section):
     """Samples that are not trained on, on which the student is held against its teacher while it learns."""
 
     samples: Annotated[int, Field(ge=0)] = 0
-    """How many are kept from training, the same ones whatever the seed; 0 leaves it out."""
+    """How many are kept from training, in whole conversations, the same ones whatever the seed; 0 leaves it out."""
     every_updates: Count = 100
     """Beside before the first and after the last update."""
 

@@ -82,7 +82,7 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
     Whatever is drawn at random is a function of (seed, update), so a snapshot needs no generator's state.
 
     Raises:
-        ValueError: the images are not ``model.image_size`` pixels wide and high, or too few to hold some out.
+        ValueError: the images are not as many pixels as the model takes wide and high, or too few to hold some out.
         ModelFolderError: there is no such language model.
         SnapshotError: ``folder`` holds snapshots of another recipe or other data.
     """
@@ -93,7 +93,7 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
     model, processor = _build(recipe, rows)
     model = model.to(device)
     tokenizer = processor.tokenizer
-    corpus = Corpus(rows, Encoder(processor), recipe.model.image_size, device)
+    corpus = Corpus(rows, Encoder(processor), processor.image_processor.size["height"], device)
     held_out, training = _hold_out(len(rows), settings.held_out_images, recipe.seed)
     optimizer = _optimizer(model, settings)
     identity = {"data": data.fingerprint, **recipe.model_dump(mode="json", include={"seed", "model", "training"})}
@@ -264,7 +264,7 @@ def _described(recipe: PretrainRecipe) -> str:
     sizes = recipe.model
     if isinstance(sizes, grafted.GraftedVLM):
         kept = ", whose weights are unchanged" if not recipe.training.text_lr_share else ""
-        return f"SigLIP-style tower and 2-layer MLP connector on {sizes.language_model}{kept}"
+        return f"the tower of {sizes.vision_model}, 2-layer MLP connector, {sizes.language_model}{kept}"
     return f"SigLIP-style tower, 2-layer MLP connector, {sizes.layers}-layer Phi decoder, all from nothing"
 
 

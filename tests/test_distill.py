@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -445,6 +446,16 @@ def test_what_is_validated_on_is_not_trained_on(stage: Stage, tmp_path: Path) ->
     )
     with pytest.raises(ValueError, match=r"distill.validation.samples is 11 and there are only 11 samples"):
         stage.run(tmp_path / "none", recipe=stage.but(validation={"samples": NUM_SAMPLES}))
+
+
+def test_conversations_are_held_out_whole() -> None:
+    ids = [f"sample-{number}{part}" for number in range(20) for part in ([""] if number % 3 else [".0", ".1", ".2"])]
+    trained, held_out = split(datasets.Dataset.from_dict({"id": ids}), 10)
+    images = [{id.partition(".")[0] for id in part["id"]} for part in (trained, held_out)]
+    assert not images[0] & images[1]
+    assert len(images[0] | images[1]) == 20
+    assert 10 <= len(held_out) <= 12
+    assert len(trained) + len(held_out) == len(ids)
 
 
 def test_validation_changes_nothing_but_the_samples(stage: Stage, tmp_path: Path) -> None:

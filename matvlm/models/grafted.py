@@ -1,7 +1,6 @@
-"""A vision tower and a connector put on a pre-trained language model: a LLaVA that has yet to learn to see.
+"""A VLM's vision tower put on another language model: a LLaVA whose connector has yet to be trained.
 
-The tower is SigLIP's architecture at any size and starts at random, as does the connector; ``matvlm.pretrain`` trains
-them. The language model is what it was, to the bit.
+Both are what they were, to the bit; the connector starts at random. ``matvlm.pretrain`` trains it.
 """
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
-    SiglipVisionConfig,
 )
 
 from matvlm.models.folder import ModelFolderError
-from matvlm.models.locate import PACKAGE, locate
-from matvlm.models.small import image_processor
+from matvlm.models.locate import PACKAGE, load, locate
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 class GraftedVLM(BaseModel):
-    """The language model and the sizes of what is put on it; image sizes in pixels."""
+    """What is put together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,42 +45,36 @@ class GraftedVLM(BaseModel):
     """A hub id, a folder, ``s3://``, a ``.gguf`` file, or ``package://PACKAGE/FILE.gguf`` in an installed package."""
     image_token: str
     """A token that the tokenizer has and no text holds; it stands for the image."""
-    image_size: int = 64
-    patch_size: int = 16
-    vision_hidden: int = 256
-    vision_layers: int = 4
-    vision_heads: int = 4
-    vision_mlp: int = 1024
+    vision_model: str
+    """A LLaVA whose vision tower and image processor are taken: as ``matvlm.load`` has it."""
 
 
-def build(sizes: GraftedVLM, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build(parts: GraftedVLM, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model, fp32 and in evaluation mode, and processor.
 
     Raises:
-        ModelFolderError: the language model cannot be had, or its tokenizer lacks a token that is needed.
+        ModelFolderError: a part cannot be had, the vision model is no LLaVA, or the tokenizer lacks a token that is
+            needed.
         StorageError: as ``locate`` does.
     """
-    text, tokenizer = load_language_model(sizes.language_model)
+    text, tokenizer = load_language_model(parts.language_model)
+    seeing, its_processor = load(parts.vision_model, dtype=torch.float32)
+    if not isinstance(seeing, LlavaForConditionalGeneration):
+        raise ModelFolderError(
+            f"{parts.vision_model}: a {seeing.config.model_type} model; model.vision_model is a LLaVA"
+        )
     known = tokenizer.get_vocab()
-    for token in (sizes.image_token, "<|im_start|>", "<|im_end|>"):
+    for token in (parts.image_token, "<|im_start|>", "<|im_end|>"):
         if token not in known:
-            raise ModelFolderError(f"{sizes.language_model}: its tokenizer has no token {token!r} (model.image_token)")
+            raise ModelFolderError(f"{parts.language_model}: its tokenizer has no token {token!r} (model.image_token)")
     tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    eyes = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length")
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            hidden_size=sizes.vision_hidden,
-            num_hidden_layers=sizes.vision_layers,
-            num_attention_heads=sizes.vision_heads,
-            intermediate_size=sizes.vision_mlp,
-            vision_use_head=False,
-        ),
+        **{name: getattr(seeing.config, name) for name in eyes},
         text_config=text.config,
-        image_token_id=known[sizes.image_token],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_seq_length=(sizes.image_size // sizes.patch_size) ** 2,
+        image_token_id=known[parts.image_token],
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):
@@ -91,16 +82,18 @@ def build(sizes: GraftedVLM, seed: int = 0) -> tuple[LlavaForConditionalGenerati
         model = LlavaForConditionalGeneration(config)
     model.get_decoder().load_state_dict(text.base_model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = known["<|im_end|>"]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LlavaProcessor(
-        image_processor=image_processor(sizes.image_size),
+        image_processor=its_processor.image_processor,
         tokenizer=tokenizer,
-        patch_size=sizes.patch_size,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE.replace("IMAGE", sizes.image_token),
-        image_token=sizes.image_token,
+        patch_size=its_processor.patch_size,
+        vision_feature_select_strategy=its_processor.vision_feature_select_strategy,
+        num_additional_image_tokens=its_processor.num_additional_image_tokens,
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", parts.image_token),
+        image_token=parts.image_token,
     )
     return model.eval(), processor
 

@@ -80,20 +80,16 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def build_processor(sizes: SmallVLM, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """The processor that turns images and chat messages into the small VLM's inputs."""
+    side = {"height": sizes.image_size, "width": sizes.image_size}
+    image_processor = SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return LlavaProcessor(
-        image_processor=image_processor(sizes.image_size),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=sizes.patch_size,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE,
     )
-
-
-def image_processor(size: int) -> SiglipImageProcessorPil:
-    """What scales images to ``size`` pixels each way, and their values to [-1, 1]."""
-    side = {"height": size, "width": size}
-    return SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def build_model(
