@@ -44,7 +44,7 @@ test: lint ## lint, type check and all tests but the slow ones (TESTS="tests/tes
 test-slow: $(STAMP) ## the slow tests
 	python -m pytest -m slow $(TESTS)
 
-test-cluster: $(STAMP) ## the flows on a Kubernetes API on loopback, the manifests, S3 and the local stack
+test-cluster: $(STAMP) ## the flows on a Kubernetes API on loopback, the manifests, S3 and the local stack (15 minutes)
 	python -m pytest tests/test_kubernetes*.py tests/test_infra*.py tests/test_images.py tests/test_stack.py tests/test_argo.py \
 		tests/test_s3_pipeline.py tests/test_mirror.py tests/test_nodes.py tests/test_tracking_server.py tests/test_security.py
 

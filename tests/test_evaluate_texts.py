@@ -14,7 +14,6 @@ import tiny_evaluation
 import tiny_families
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from matvlm.config import Evaluate
 from matvlm.evaluate import compare_samples, evaluate, tasks, texts
@@ -69,6 +68,9 @@ def test_windows_are_those_of_lm_evals_own_model(model: Any, processor: Any, mon
     monkeypatch.setattr(texts, "LONGEST_WINDOW", 16)
     monkeypatch.setattr(texts, "HEAD_POSITIONS", 5)
     said = some_texts(15, 16, 3, 24, 32, 50, 17)
+    pytest.importorskip("accelerate", reason="lm-eval's own model needs it")
+    from lm_eval.models.huggingface import HFLM
+
     theirs = HFLM(model, tokenizer=processor.tokenizer, backend="causal", max_length=16, batch_size=2)
     expected = theirs.loglikelihood_rolling(instances(said), disable_tqdm=True)
     assert VLM(model, processor, 4).loglikelihood_rolling(instances(said)) == pytest.approx(expected, rel=TOLERANCE)

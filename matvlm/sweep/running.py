@@ -6,6 +6,7 @@ Whatever was finished there is kept: the untrained student, snapshots, the train
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -29,6 +30,8 @@ from matvlm.reporting import Reporter, Reporters
 from matvlm.sweep.results import PointResult
 from matvlm.sweep.settings import TEACHER, Trial
 from matvlm.targets import content_settings
+
+logger = logging.getLogger(__name__)
 
 RESULT, ERROR = "result.json", "error.txt"
 DIVERGENCE = "validation/loss_prob"
@@ -87,7 +90,8 @@ def run_point(
             student = result.student.model_copy(update={"uri": str(folder / MODEL)})  # this copy of the run's files
             result = result.model_copy(update={"student": student})
             result = _keep(_evaluated(result, trial.recipe, folder, reporter, device), place)
-    except Exception:
+    except Exception as error:
+        logger.error("%s failed: %s: %s", trial.label, type(error).__name__, error)
         storage.write_bytes(folder / ERROR, traceback.format_exc().encode())
         reporter.artifact(folder / ERROR)
         raise
