@@ -150,16 +150,19 @@ class SweepFlow(FlowSpec):
             return evaluate_teacher(recipe, teacher, folder, reporter, support.device(self.index))
 
     def run_point(self) -> PointResult:
-        from matvlm.sweep.running import remove_models, run_point
+        from matvlm.sweep.running import Shared, remove_models, run_point
 
         sweep, key = self.settings(), self.input
         trial, folder = sweep.trial(key), run_files.path(self, "points", key)
         trial = trial._replace(recipe=distillation.here(self, trial.recipe, "point"))
         params = flatten(trial.recipe.model_dump(mode="json"))
         with support.stage(self, trial.recipe, trial.label, params=params) as reporter:
-            teacher, data = Checkpoint.model_validate(self.teacher), DataManifest.model_validate(self.data)
-            targets = TargetStore.model_validate(self.targets[key])
-            result = run_point(trial, teacher, data, targets, folder, reporter, support.device(self.index))
+            shared = Shared(
+                Checkpoint.model_validate(self.teacher),
+                DataManifest.model_validate(self.data),
+                TargetStore.model_validate(self.targets[key]),
+            )
+            result = run_point(trial, shared, folder, reporter, support.device(self.index))
             return result if sweep.keep_models else remove_models(result, trial, folder, key in self.profiled)
 
 

@@ -52,15 +52,15 @@ class Training(Section):
     checkpoint_every_updates: Count = 1000
 
 
+def _kind(model: Any) -> str:
+    named = isinstance(model, dict) and "language_model" in model
+    return "(grafted)" if named or isinstance(model, grafted.GraftedVLM) else "(small)"
+
+
 Model = Annotated[
-    Annotated[small.SmallVLM, Tag("(small)")] | Annotated[grafted.GraftedVLM, Tag("(grafted)")],
-    Discriminator(
-        lambda value: (
-            "(grafted)" if "language_model" in (value if isinstance(value, dict) else dict(value)) else "(small)"
-        )
-    ),
+    Annotated[small.SmallVLM, Tag("(small)")] | Annotated[grafted.GraftedVLM, Tag("(grafted)")], Discriminator(_kind)
 ]
-"""With a ``language_model`` it is one that is there already."""
+"""With a ``language_model`` it is put on one that is there already."""
 
 
 class PretrainRecipe(Section):
@@ -92,7 +92,6 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
     rows = open_dataset(data)
     model, processor = _build(recipe, rows)
     model = model.to(device)
-    tokenizer = processor.tokenizer
     corpus = Corpus(rows, Encoder(processor), processor.image_processor.size["height"], device)
     held_out, training = _hold_out(len(rows), settings.held_out_images, recipe.seed)
     optimizer = _optimizer(model, settings)
@@ -100,7 +99,7 @@ def pretrain(recipe: PretrainRecipe, data: DataManifest, folder: Path, reporter:
     snapshots = Snapshots(folder / "snapshots", identity)
     done = _restore(snapshots, model, optimizer)
     conversations = Conversations(
-        corpus.turns, training, settings.batch_size, settings.max_turns, recipe.seed, tokenizer.pad_token_id
+        corpus.turns, training, settings.batch_size, settings.max_turns, recipe.seed, processor.tokenizer.pad_token_id
     )
     workers = 4 if device.startswith("cuda") else 0
     batches = DataLoader(conversations, None, sampler=range(done, settings.updates), num_workers=workers)
@@ -223,7 +222,7 @@ def _restore(snapshots: Snapshots, model: torch.nn.Module, optimizer: torch.opti
     if latest is None:
         return 0
     update, state = latest
-    model.load_state_dict(state["model"], strict=False)
+    model.load_state_dict({**model.state_dict(), **state["model"]})
     optimizer.load_state_dict(state["optimizer"])
     return update
 

@@ -35,6 +35,8 @@ SAME: dict[str, dict[str, Any]] = {
 """Fields of ``distill``, none of which changes more than rounding: in each the second process has 1 of the last 3."""
 SMALL = {"batch_size": 5, "micro_batch_size": 1, "checkpoint_every_updates": 1, "keep_checkpoints": 9}
 """The last batch of an epoch has one sample, so that the second process has none."""
+VALIDATED = {"validation": {"samples": 1, "every_updates": 2}}
+"""The second process has nothing to validate on."""
 
 
 class Heard(Kept):
@@ -44,10 +46,14 @@ class Heard(Kept):
         super().__init__()
         self.limit, self.call = at, then
         self.lost: dict[int, list[float]] = {}
+        self.validated: dict[int, dict[str, float]] = {}
         self.artifacts: list[str] = []
         self.done = (0, 0)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        if any(name.startswith("validation/") for name in values):
+            self.validated[step] = dict(values)
+            return
         super().metrics(values, step)
         self.lost[step] = [values["skipped_updates"], values["unusable_samples"]]
         if self.call and len(self.computed) == self.limit:
@@ -108,7 +114,8 @@ def do_all(folder: Path) -> None:
         heard, place = Heard(), folder if world.is_first else folder / "second"
         try:
             stage.run(place / name, heard, recipe=recipe)
-            seen[name] = {"seen": heard.seen, "lost": heard.lost, "computed": heard.computed}
+            names = ("seen", "lost", "computed", "validated")
+            seen[name] = {kind: getattr(heard, kind) for kind in names}
         except RuntimeError as error:
             seen[name] = {"error": str(error)}
 
@@ -117,6 +124,7 @@ def do_all(folder: Path) -> None:
     do("small", stage.but(**SMALL))
     begun = [folder / name / "snapshots/update-000002" for name in ("small", "small, continued")]
     do("small, continued", stage.but(**SMALL), lambda: shutil.copytree(*begun))
+    do("validated", stage.but(**VALIDATED))
     do("finished", stage.but(**SMALL), lambda: (folder / "finished").symlink_to(folder / "small"))
     do("different", stage.recipe.model_copy(update={"seed": stage.recipe.seed + world.rank}))
     collate, Encoder.collate = Encoder.collate, breaking(stage)  # type: ignore[method-assign]

@@ -29,13 +29,12 @@ from tiny_families import (
     Inputs,
     batch,
 )
+from tiny_models import trained_hybrid
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
 
-from matvlm.init import convert_
 from matvlm.models import hybrid
-from matvlm.models.hybrid import mixers
 
 TOLERANCE = 1e-4
 """Largest difference measured between two ways to the same logits (up to 9): 3e-5. Padding not seen: 1 or more."""
@@ -178,11 +177,7 @@ WAYS: dict[str, Callable[[Case], float]] = {
 def hybrid_case(name: str) -> Case:
     """The hybrid of a family, its mixers as after training: nothing at its special starting value."""
     case = teacher_case(name)
-    convert_(case.model, case.family.layers, case.family.init, seed=1, chunk_size=8)
-    for index, mixer in mixers(case.model).items():
-        generator = torch.Generator().manual_seed(index)
-        for parameter in mixer.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained_hybrid(case.model, case.family.layers, case.family.init)
     return case
 
 

@@ -27,7 +27,7 @@ from matvlm.artifacts import Checkpoint
 from matvlm.config import Recipe, Schedule
 from matvlm.data.held_out import split
 from matvlm.data.prepare import open_dataset
-from matvlm.distill import init_student
+from matvlm.distill import DistillError, init_student
 from matvlm.distill.schedule import learning_rate, num_updates, order
 from matvlm.distill.trunk import SharedTrunk, TeacherForced
 from matvlm.losses import dense_kl
@@ -456,6 +456,30 @@ def test_conversations_are_held_out_whole() -> None:
     assert len(images[0] | images[1]) == 20
     assert 10 <= len(held_out) <= 12
     assert len(trained) + len(held_out) == len(ids)
+
+
+def test_what_cannot_be_validated_on_is_counted(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path / "stage")
+    recipe = stage.but(**VALIDATION)
+    _, rest = split(open_dataset(stage.data), 3)
+    names = [f"{id.rpartition('-')[2]}.png" for id in rest["id"]]
+    (tmp_path / "stage" / names[0]).unlink()
+    with pytest.raises(DistillError, match=f"1 samples cannot be loaded any more.*{names[0]}"):
+        stage.run(tmp_path / "strict", recipe=recipe)
+    for name in names[1:]:
+        (tmp_path / "stage" / name).unlink()
+    lenient = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_bad_share": 1.0})})
+    with pytest.raises(DistillError, match="no sample to validate on can be loaded"):
+        stage.run(tmp_path / "lenient", recipe=lenient)
+
+
+def test_graphs_are_validated_without(stage: Stage, tmp_path: Path) -> None:
+    plain, graphs = Heard(), Heard()
+    stage.run(tmp_path / "plain", plain, stage.but(**VALIDATION))
+    stage.run(tmp_path / "graphs", graphs, stage.but(**VALIDATION, cuda_graphs=True))
+    assert list(graphs.seen) == list(plain.seen)
+    for update, found in plain.seen.items():
+        assert graphs.seen[update] == pytest.approx(found, rel=1e-4)
 
 
 def test_validation_changes_nothing_but_the_samples(stage: Stage, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from distributed_cases import SAME, SMALL, Heard, breaking, ids_of, job_of, lenient, lost_image
+from distributed_cases import SAME, SMALL, VALIDATED, Heard, breaking, ids_of, job_of, lenient, lost_image
 from flow_tools import WITH_DEBUG, Store, finished_run, run_flow, run_folder
 from safetensors.torch import load_file
 from tiny_distill import NUM_SAMPLES, Stage, make_stage
@@ -126,10 +126,17 @@ def test_a_batch_smaller_than_the_world(stage: Stage, two: Path, tmp_path: Path)
         assert_same_model(two / case, tmp_path)
 
 
+def test_a_process_with_nothing_to_validate_on(stage: Stage, two: Path, tmp_path: Path) -> None:
+    expected = alone(stage, tmp_path, stage.but(**VALIDATED))
+    assert list(expected.validated) == [0, 2, 4, 6]
+    assert_same_curve(seen(two, "validated")["validated"], expected.validated)
+    assert_same_model(two / "validated", tmp_path)
+
+
 def test_processes_need_no_folder_in_common(two: Path) -> None:
     """What is there already, a student or a snapshot, is the first one's to know; only inputs must be the same."""
     assert not (two / "second").exists()
-    assert seen(two, "finished") == {"seen": {}, "lost": {}, "computed": []}
+    assert seen(two, "finished") == {"seen": {}, "lost": {}, "computed": [], "validated": {}}
     assert seen(two, "different")["error"].startswith(
         "seed is 4 for rank 1 and 3 for rank 0: every node needs the same"
     )

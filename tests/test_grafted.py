@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from matvlm.data.encoding import IGNORE, Encoder, Turn
 from matvlm.models import grafted, hybrid, locate
@@ -28,18 +29,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     marks = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>", "<image>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **marks)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=36,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=4,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_models.llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

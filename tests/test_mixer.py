@@ -20,13 +20,7 @@ FAMILIES = {"phi": tiny_models.phi, "llama": tiny_models.llama}
 @pytest.fixture(scope="module", params=[(f, i) for f in FAMILIES for i in ("aligned", "paper")], ids="-".join)
 def hybrid(request):
     family, init = request.param
-    model = FAMILIES[family]()
-    convert_(model, LAYERS, init, seed=1, chunk_size=8)
-    for index, mixer in mixers(model).items():  # as after training: nothing at its special starting value
-        generator = torch.Generator().manual_seed(index)
-        for parameter in mixer.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return tiny_models.trained_hybrid(FAMILIES[family](), LAYERS, init)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

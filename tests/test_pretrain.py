@@ -22,7 +22,7 @@ from matvlm.data.corpus import Conversations, Corpus, TokenTurn, augment
 from matvlm.data.encoding import IGNORE, Encoder
 from matvlm.data.prepare import open_dataset, prepare, turns_of
 from matvlm.models import hybrid, small
-from matvlm.pretrain import PretrainRecipe, Training, _set_lr, pretrain
+from matvlm.pretrain import PretrainRecipe, Training, _build, _set_lr, pretrain
 from matvlm.reporting import Reporter
 from matvlm.snapshots import SnapshotError
 
@@ -213,19 +213,25 @@ class Killer(Reporter):
             raise KeyboardInterrupt
 
 
+def is_text(name: str) -> bool:
+    return "language_model" in name or name.startswith("lm_head")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    data: DataManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, data: DataManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update={"text_lr_share": share})})
     monkeypatch.setattr("matvlm.pretrain.LOG_EVERY_UPDATES", 1)
     whole, killed, resumed = Killer(), Killer(update=5), Killer()
     torch.manual_seed(1)
-    checkpoint = pretrain(RECIPE, data, tmp_path / "whole", whole, "cpu")
+    checkpoint = pretrain(recipe, data, tmp_path / "whole", whole, "cpu")
     with pytest.raises(KeyboardInterrupt):
-        pretrain(RECIPE, data, tmp_path / "parts", killed, "cpu")
+        pretrain(recipe, data, tmp_path / "parts", killed, "cpu")
     assert sorted(os.listdir(tmp_path / "parts" / "snapshots")) == ["update-000002", "update-000004"]
     torch.manual_seed(2)
     np.random.seed(2)
-    continued = pretrain(RECIPE, data, tmp_path / "parts", resumed, "cpu")
+    continued = pretrain(recipe, data, tmp_path / "parts", resumed, "cpu")
     assert list(resumed.seen) == [5, 6], "it goes on from the snapshot"
     assert resumed.seen[6] == whole.seen[6]
     assert resumed.seen[5] == whole.seen[5]
@@ -236,6 +242,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     model, _ = hybrid.load(Path(checkpoint.uri))
     assert checkpoint.parameters == sum(p.numel() for p in model.parameters())
     assert len({whole.seen[update]["loss"] for update in range(1, 7)}) == 6
+    start, _ = _build(recipe, open_dataset(data))
+    after, before = model.state_dict(), start.state_dict()
+    text = [name for name in after if is_text(name)]
+    assert [name for name in text if torch.equal(after[name].half(), before[name].half())] == ([] if share else text)
+    trained = [parameter for name, parameter in model.named_parameters() if share or not is_text(name)]
+    assert checkpoint.trained_parameters == sum(parameter.numel() for parameter in trained)
 
 
 def test_a_snapshot_of_other_data_or_settings_is_refused(data: DataManifest, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from matvlm.models import locate
 from matvlm.recipes import RecipeError, load_recipe, parse_recipe
 from matvlm.reporting import Reporter
 from matvlm.sweep import PointResult, Summary, Sweep, SweepError, Trial, refuse_none, students_to_profile
-from matvlm.sweep.running import remove_models, run_point, shared_stores
+from matvlm.sweep.running import Shared, remove_models, run_point, shared_stores
 from matvlm.sweep.summary import groups, headline, notes, reference_kl, table, updates_to, write_summary
 from matvlm.targets import Identity, content_settings
 
@@ -195,7 +195,7 @@ def tiny_trial(stage: Stage) -> Trial:
 
 
 def run(stage: Stage, folder: Path, reporter: Reporter) -> PointResult:
-    return run_point(tiny_trial(stage), stage.teacher, stage.data, stage.targets, folder, reporter, "cpu")
+    return run_point(tiny_trial(stage), Shared(stage.teacher, stage.data, stage.targets), folder, reporter, "cpu")
 
 
 @pytest.fixture(scope="module")

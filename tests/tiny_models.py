@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -13,6 +15,9 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+
+from matvlm.init import convert_
+from matvlm.models.hybrid import mixers
 
 VOCABULARY = 61
 IMAGE_TOKEN = 60
@@ -77,6 +82,16 @@ def _seeded(model_class: type, config: object) -> PreTrainedModel:
             if name.endswith("bias"):  # zero as transformers makes them, which would hide mistakes with biases
                 parameter.data.normal_(std=0.3)
     return model.eval()
+
+
+def trained_hybrid(model: PreTrainedModel, layers: Sequence[int], init: str) -> PreTrainedModel:
+    """``model`` with mixers for ``layers``, in place, as after training: nothing at its special starting value."""
+    convert_(model, layers, init, seed=1, chunk_size=8)
+    for index, mixer in mixers(model).items():
+        generator = torch.Generator().manual_seed(index)
+        for parameter in mixer.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def token_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

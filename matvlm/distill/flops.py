@@ -42,8 +42,8 @@ Shape = Sequence[int]
 
 def attention_kernels() -> dict[Any, Callable[..., int]]:
     """What attention's kernels do, by kernel: torch 2.11 has no numbers for keys of fewer heads than queries (GQA)."""
-    kernels = {str(kernel): kernel for kernel in flop_registry if "scaled_dot_product" in str(kernel)}
-    return {kernel: _backward if "backward" in name else _forward for name, kernel in kernels.items()}
+    kernels = [kernel for kernel in flop_registry if "scaled_dot_product" in str(kernel)]
+    return {kernel: _backward if "backward" in str(kernel) else _forward for kernel in kernels}
 
 
 def _forward(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

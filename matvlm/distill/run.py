@@ -14,7 +14,7 @@ from matvlm.artifacts import Checkpoint
 from matvlm.config import Loss, Recipe
 from matvlm.distill.deepspeed import shareable
 from matvlm.distill.engine import make_engine
-from matvlm.distill.failures import Skipped, Unusable, memory_explained
+from matvlm.distill.failures import DistillError, Skipped, Unusable, memory_explained
 from matvlm.distill.feed import Group, Share
 from matvlm.distill.flops import flops_per_token
 from matvlm.distill.modules import cast_
@@ -103,15 +103,30 @@ class Run:
             return self._update(update, total, share)
 
     @torch.no_grad()
-    def validate(self, share: Share) -> dict[str, float]:
-        """How far the student is from its teacher on ``share``, samples not trained on; all processes have to call it.
+    def validate(self, update: int, share: Share) -> dict[str, float]:
+        """How far the student is from its teacher after ``update`` on ``share``, of samples that are not trained on.
+
+        All processes have to call it.
 
         Returns:
             Whatever is trained: ``validation/loss_prob``, the mean of KL(teacher || student) over kept positions, in
             nats, as the target store has the teacher; and ``validation/loss_layer``, the paper's layer loss.
+
+        Raises:
+            DistillError: too many samples cannot be loaded, or the memory does not suffice.
         """
-        settings = Loss(layer_form=(plan := self.recipe.distill.loss).layer_form, temperature=plan.temperature)
-        counts, parts, _ = self._counted(share)
+        with memory_explained(self.recipe, self.device, update):
+            return self._validate(update, share)
+
+    def _validate(self, update: int, share: Share) -> dict[str, float]:
+        plan = self.recipe.distill.loss
+        settings = Loss(layer_form=plan.layer_form, temperature=plan.temperature)
+        counts, parts, bad = self._counted(share)
+        self.unusable.add(update, bad)
+        if not any(count.samples for count in counts):
+            raise DistillError(
+                f"no sample to validate on can be loaded (distill.validation): {'; '.join(bad.values())}"
+            )
         divisors = Divisors.of(counts, settings.scaling)
         made = [made for made, weight in self._passes(share, parts, divisors, settings) if weight]
         sums, _ = self._read(made)

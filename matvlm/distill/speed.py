@@ -44,7 +44,7 @@ class Speed:
         self.peak = peak_of(device)
         self.flops_per_token = 0.0
         """Set by whoever has counted them; only then are they reported."""
-        self._restart()
+        self.restart()
 
     def mark(self, phase: str) -> None:
         """What was done since the mark before was ``phase``. On a GPU that is what it did, or waited for."""
@@ -72,14 +72,11 @@ class Speed:
             rates |= {"tflops_per_second": flops / 1e12, "mfu": flops / self.peak}
         whole = sum(spent.values())
         rates |= {f"share_{phase}": value / whole for phase, value in spent.items() if whole}
-        self._restart()
+        self.restart()
         return rates
 
     def restart(self) -> None:
-        """Forget what was measured: something else than training has taken time."""
+        """Forget what was measured so far."""
         self.phases.spent()
-        self._restart()
-
-    def _restart(self) -> None:
         self.samples = self.tokens = 0
         self.started = time.monotonic()

@@ -16,6 +16,6 @@ class Validation:
     def at(self, update: int, total: int) -> None:
         """After ``update`` of the ``total``, if it is the time; all processes have to call it."""
         if self.held_out and (update == total or update % self.run.recipe.distill.validation.every_updates == 0):
-            found = self.run.validate(self.held_out)
+            found = self.run.validate(update, self.held_out)
             self.history.append({"update": update, **found})
             self.reporter.metrics(found, update)

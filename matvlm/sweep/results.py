@@ -27,7 +27,7 @@ class PointResult(Artifact):
     seconds: dict[str, float] = Field(default={})
     """Of ``init``, ``distill`` and ``evaluate``."""
     peak_memory_bytes: int = 0
-    """At its highest until it was distilled: of tensors on the GPU, or of the whole process where there is none."""
+    """The highest that was logged while it was distilled: of tensors on the GPU, or of a process without one."""
     machine: str = ""
     """The GPU, or the processor."""
     trained_parameters: int = 0

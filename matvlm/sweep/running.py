@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -64,15 +63,15 @@ def shared_stores(trials: Iterable[Trial]) -> list[list[str]]:
     return list(found.values())
 
 
-def run_point(
-    trial: Trial,
-    teacher: Checkpoint,
-    data: DataManifest,
-    targets: TargetStore,
-    folder: Path,
-    reporter: Reporter,
-    device: str,
-) -> PointResult:
+class Shared(NamedTuple):
+    """What a point does not make itself."""
+
+    teacher: Checkpoint
+    data: DataManifest
+    targets: TargetStore
+
+
+def run_point(trial: Trial, shared: Shared, folder: Path, reporter: Reporter, device: str) -> PointResult:
     """Make the student of ``trial``, distil it and evaluate it; or go on where that was interrupted.
 
     ``reporter`` hears all three stages, and in the end the figures by which points are compared.
@@ -84,7 +83,7 @@ def run_point(
     place = folder / RESULT
     try:
         if not place.exists():
-            _keep(_distilled(trial, teacher, data, targets, folder, reporter, device), place)
+            _keep(_distilled(trial, shared, folder, reporter, device), place)
         result = PointResult.model_validate(storage.read_json(place))
         if "evaluate" not in result.seconds and result.student:
             student = result.student.model_copy(update={"uri": str(folder / MODEL)})  # this copy of the run's files
@@ -135,19 +134,11 @@ def remove_models(result: PointResult, trial: Trial, folder: Path, keep_student:
     return result
 
 
-def _distilled(
-    trial: Trial,
-    teacher: Checkpoint,
-    data: DataManifest,
-    targets: TargetStore,
-    folder: Path,
-    reporter: Reporter,
-    device: str,
-) -> PointResult:
+def _distilled(trial: Trial, shared: Shared, folder: Path, reporter: Reporter, device: str) -> PointResult:
     recipe, heard, seconds = trial.recipe, Heard(), dict[str, float]()
     with _timed(seconds, "init"):
-        student = make_student(recipe, teacher, data, folder, device, reporter)
-    job = DistillJob(recipe=recipe, student=student, teacher=teacher, data=data, targets=targets, folder=folder)
+        student = make_student(recipe, shared.teacher, shared.data, folder, device, reporter)
+    job = DistillJob(recipe=recipe, student=student, folder=folder, **shared._asdict())
     with _timed(seconds, "distill"):
         trained = launch.run(job, Reporters(reporter, heard), device)
     assert trained is not None
@@ -160,7 +151,7 @@ def _distilled(
         updates=trained.updates,
         continued_from=heard.continued_from,
         seconds=seconds,
-        peak_memory_bytes=max(heard.memory_bytes, _peak_memory(device)),
+        peak_memory_bytes=heard.memory_bytes,
         machine=_machine(device),
         trained_parameters=trained.trained_parameters,
         curve=curve,
@@ -185,13 +176,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[stage] = time.monotonic() - started
-
-
-def _peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _machine(device: str) -> str:
