@@ -202,6 +202,7 @@ def test_cards_show_curves_and_answers(folder: Path) -> None:
     assert any(f"{100 * accuracy_of(folder, 'student'):.1f}" in page for page in found["evaluate"])
 
 
+@pytest.mark.slow
 def test_a_registered_student_is_evaluated_by_the_watcher_with_the_same_result(
     folder: Path, store: Store, runs: dict[str, Any], tmp_path: Path
 ) -> None:
